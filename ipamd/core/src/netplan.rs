@@ -1,0 +1,91 @@
+//! The data path of the node as data: what links, addresses, tables, rules and nftables sets should be. Core computes it,
+//! `ipamd/kernel` makes it so; neither does the other's work.
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+
+use ipnet::{IpNet, Ipv4Net};
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{EniId, MacAddress, RouteTable};
+
+/// Rule priorities, shared with the add-on so that both layouts can stand side by side during a take-over.
+pub mod priority {
+    /// `lookup main suppress_prefixlength 31`: finds every pod's /32 with one rule.
+    pub const TO_PODS: u32 = 512;
+    /// `fwmark 0x80/0x80 lookup main`: what leaves by the primary ENI because it is, or was, translated there.
+    pub const TO_PRIMARY: u32 = 1024;
+    /// `fwmark <eni>/0x7f lookup <table>`: source routing, one rule per secondary ENI.
+    pub const FROM_PODS: u32 = 1536;
+    /// `from <eni address> lookup <table>`: the ENI's own address.
+    pub const FROM_ENI: u32 = 32_765;
+}
+
+/// The mark that steers a packet to the primary ENI; also kept in the connection's mark. The add-on's value.
+pub const PRIMARY_MARK: u32 = 0x80;
+
+/// The bits that name a secondary ENI. Clear of kube-proxy (0x4000, 0x8000), Calico (0xffff0000) and the add-on (0x80).
+pub const ENI_MARK_MASK: u32 = 0x7f;
+
+/// Everything ipamd keeps in the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodePlan {
+    pub primary: PrimaryPlan,
+    /// Secondary ENIs, by device number.
+    pub enis: Vec<EniPlan>,
+    /// Host ends of pods' veths start with this (4 characters at most).
+    pub veth_prefix: String,
+    /// What leaves a pod for these is never translated: the VPC's CIDRs and the exclusions.
+    pub no_snat: Vec<Ipv4Net>,
+    pub snat: Snat,
+    /// Keep replies of connections that entered by the primary ENI to a node address on the primary ENI.
+    pub node_port: bool,
+    /// MTU of every ENI, the primary included, in bytes.
+    pub mtu: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrimaryPlan {
+    pub id: EniId,
+    pub mac: MacAddress,
+    pub address: Ipv4Addr,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EniPlan {
+    pub id: EniId,
+    pub mac: MacAddress,
+    pub address: Ipv4Addr,
+    pub subnet: Ipv4Net,
+    pub table: RouteTable,
+    /// Value under `ENI_MARK_MASK`.
+    pub mark: u32,
+    /// Addresses and prefixes whose packets must leave by this ENI.
+    pub sources: BTreeSet<IpNet>,
+}
+
+impl EniPlan {
+    /// The VPC router's address on the ENI's subnet: base + 1.
+    pub fn gateway(&self) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.subnet.network()).wrapping_add(1))
+    }
+}
+
+/// Source translation of what leaves the VPC (AWS_VPC_K8S_CNI_EXTERNALSNAT, AWS_VPC_K8S_CNI_RANDOMIZESNAT).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Snat {
+    /// Somebody else translates (a NAT gateway); nothing is marked or translated here.
+    External,
+    /// To the primary ENI's address.
+    ToPrimary(PortChoice),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PortChoice {
+    /// `prng`: fully random.
+    FullyRandom,
+    /// `hashrandom`.
+    Random,
+    /// `none`: keep the source port where it is free.
+    Keep,
+}
