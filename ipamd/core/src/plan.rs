@@ -1,0 +1,193 @@
+//! Where do the wanted addresses come from? An ENI with room, else a new one; prefixes or single addresses. Pure: the same
+//! pool gives the same plan, and what cannot be had is said with its reason.
+
+use crate::ids::{EniId, SubnetId};
+use crate::ports::Want;
+use crate::target::{Mode, PREFIX_SIZE, Wanted};
+
+/// An ENI as the planner sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EniRoom {
+    pub eni: EniId,
+    /// Slots that could still be filled.
+    pub free_slots: u32,
+    /// A call on it is under way, or EC2 refused one a moment ago: leave it alone for now.
+    pub resting: bool,
+    /// EC2 had no free /28 for it a moment ago: take single addresses.
+    pub singles_only: bool,
+}
+
+/// What the plan may use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Means {
+    pub mode: Mode,
+    /// By device number.
+    pub enis: Vec<EniRoom>,
+    /// Further ENIs the instance may carry.
+    pub new_enis: u32,
+    /// Slots of a new ENI beside its own address.
+    pub slots_per_eni: u32,
+    pub subnet: SubnetId,
+    /// The subnet gives no new ENI for now.
+    pub subnet_resting: bool,
+    pub subnet_singles_only: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    Assign { eni: EniId, want: Want },
+    Create { subnet: SubnetId, want: Want },
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    pub steps: Vec<Step>,
+    /// Addresses that no step brings: the instance is full, or what could bring them rests.
+    pub unmet: u32,
+}
+
+pub fn plan(wanted: Wanted, means: &Means) -> Plan {
+    match wanted {
+        Wanted::Enough => Plan::default(),
+        Wanted::Addresses(n) => spread(n, Mode::Addresses, means),
+        Wanted::Prefixes(n) => spread(n * PREFIX_SIZE, Mode::Prefixes, means),
+        Wanted::Enis(n) => fill(n, means),
+    }
+}
+
+/// Takes `addresses` from ENIs with room in order, then from new ENIs.
+fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
+    let mut missing = addresses;
+    let mut plan = Plan::default();
+    for room in means.enis.iter().filter(|room| !room.resting) {
+        if missing == 0 {
+            break;
+        }
+        if let Some((want, brings)) = take(missing, mode, room.singles_only, room.free_slots) {
+            plan.steps.push(Step::Assign { eni: room.eni.clone(), want });
+            missing = missing.saturating_sub(brings);
+        }
+    }
+    let mut new_enis = if means.subnet_resting { 0 } else { means.new_enis };
+    while missing > 0 && new_enis > 0 {
+        let Some((want, brings)) = take(missing, mode, means.subnet_singles_only, means.slots_per_eni) else { break };
+        plan.steps.push(Step::Create { subnet: means.subnet.clone(), want });
+        missing = missing.saturating_sub(brings);
+        new_enis -= 1;
+    }
+    plan.unmet = missing;
+    plan
+}
+
+/// Fills one ENI that has room, or takes `count` new ones, full.
+fn fill(count: u32, means: &Means) -> Plan {
+    let full = |slots: u32, singles: bool| if singles { slots } else { slots * per_slot(means.mode) };
+    if let Some(room) = means.enis.iter().find(|room| !room.resting && room.free_slots > 0) {
+        let want = want_of(means.mode, room.singles_only, room.free_slots);
+        return Plan { steps: vec![Step::Assign { eni: room.eni.clone(), want }], unmet: 0 };
+    }
+    let new_enis = if means.subnet_resting { 0 } else { means.new_enis.min(count) };
+    let want = want_of(means.mode, means.subnet_singles_only, means.slots_per_eni);
+    let steps = (0..new_enis).map(|_| Step::Create { subnet: means.subnet.clone(), want }).collect();
+    Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, means.subnet_singles_only) }
+}
+
+/// What to ask of one ENI, and how many addresses that brings.
+fn take(missing: u32, mode: Mode, singles_only: bool, free_slots: u32) -> Option<(Want, u32)> {
+    let slots = match mode {
+        Mode::Prefixes if !singles_only => missing.div_ceil(PREFIX_SIZE).min(free_slots),
+        _ => missing.min(free_slots),
+    };
+    let want = want_of(mode, singles_only, slots);
+    let brings = match want {
+        Want::Addresses(n) => n,
+        Want::Prefixes(n) => n * PREFIX_SIZE,
+    };
+    (slots > 0).then_some((want, brings))
+}
+
+fn want_of(mode: Mode, singles_only: bool, slots: u32) -> Want {
+    match mode {
+        Mode::Prefixes if !singles_only => Want::Prefixes(slots),
+        _ => Want::Addresses(slots),
+    }
+}
+
+fn per_slot(mode: Mode) -> u32 {
+    match mode {
+        Mode::Addresses => 1,
+        Mode::Prefixes => PREFIX_SIZE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn means(mode: Mode, free: &[u32], new_enis: u32) -> Means {
+        let room = |(i, free_slots): (usize, &u32)| EniRoom {
+            eni: EniId::new(format!("eni-{i}")).unwrap(),
+            free_slots: *free_slots,
+            resting: false,
+            singles_only: false,
+        };
+        Means {
+            mode,
+            enis: free.iter().enumerate().map(room).collect(),
+            new_enis,
+            slots_per_eni: 9,
+            subnet: SubnetId::new("subnet-1").unwrap(),
+            subnet_resting: false,
+            subnet_singles_only: false,
+        }
+    }
+
+    fn text(plan: &Plan) -> String {
+        let step = |s: &Step| match s {
+            Step::Assign { eni, want } => format!("{eni}:{want}"),
+            Step::Create { want, .. } => format!("new:{want}"),
+        };
+        let steps: Vec<String> = plan.steps.iter().map(step).collect();
+        format!("{} unmet={}", steps.join(" | "), plan.unmet)
+    }
+
+    #[test]
+    fn existing_enis_first_in_order_then_new_ones() {
+        let p = plan(Wanted::Addresses(15), &means(Mode::Addresses, &[2, 0, 3], 2));
+        assert_eq!(text(&p), "eni-0:2 addresses | eni-2:3 addresses | new:9 addresses | new:1 address unmet=0");
+    }
+
+    #[test]
+    fn what_the_instance_cannot_carry_is_said() {
+        let p = plan(Wanted::Addresses(50), &means(Mode::Addresses, &[2], 1));
+        assert_eq!(text(&p), "eni-0:2 addresses | new:9 addresses unmet=39");
+    }
+
+    #[test]
+    fn prefixes_on_the_primary_alone_serve_a_whole_node() {
+        let p = plan(Wanted::Prefixes(7), &means(Mode::Prefixes, &[9], 2));
+        assert_eq!(text(&p), "eni-0:7 prefixes unmet=0");
+    }
+
+    #[test]
+    fn a_fragmented_eni_takes_singles_and_the_others_prefixes() {
+        let mut m = means(Mode::Prefixes, &[9, 9], 0);
+        m.enis[0].singles_only = true;
+        assert_eq!(text(&plan(Wanted::Prefixes(2), &m)), "eni-0:9 addresses | eni-1:2 prefixes unmet=0");
+    }
+
+    #[test]
+    fn a_resting_eni_is_left_alone() {
+        let mut m = means(Mode::Addresses, &[9, 9], 1);
+        m.enis[0].resting = true;
+        m.subnet_resting = true;
+        assert_eq!(text(&plan(Wanted::Addresses(12), &m)), "eni-1:9 addresses unmet=3");
+    }
+
+    #[test]
+    fn whole_enis_fill_what_has_room_before_taking_new_ones() {
+        assert_eq!(text(&plan(Wanted::Enis(2), &means(Mode::Addresses, &[0, 4], 2))), "eni-1:4 addresses unmet=0");
+        let p = plan(Wanted::Enis(3), &means(Mode::Addresses, &[0], 2));
+        assert_eq!(text(&p), "new:9 addresses | new:9 addresses unmet=9");
+    }
+}

@@ -1,0 +1,308 @@
+//! Growing the pool: target and plan turned into calls, and ENIs moved along from creation to service.
+
+use std::collections::BTreeMap;
+
+use super::setback::Subject;
+use super::{MAX_CREATIONS, Note, Op, Out, Pool, STUCK_ENI_MS};
+use crate::ids::{EniId, Time};
+use crate::ledger::{Creation, NodeFacts, Progress, Record};
+use crate::pick;
+use crate::plan::{self, EniRoom, Means, Step};
+use crate::ports::{CloudRequest, Want};
+use crate::target::{self, Counts, Frame, Mode, PREFIX_SIZE, Target, Wanted};
+
+/// Tags and description of the add-on: its collector of leaked ENIs and its IAM policies know them.
+const TAG_INSTANCE: &str = "node.k8s.amazonaws.com/instance_id";
+const TAG_CREATED: &str = "node.k8s.amazonaws.com/createdAt";
+const TAG_CLUSTER: &str = "cluster.k8s.amazonaws.com/name";
+const TAG_OWNER: (&str, &str) = ("eks:eni:owner", "amazon-vpc-cni");
+
+impl Pool {
+    /// Takes the next step of every ENI that is not in service yet; a crash in between resumes here.
+    pub(super) fn advance_enis(&mut self, now: Time, out: &mut Out) {
+        let Some(node) = self.ledger.node.clone() else { return };
+        if !self.settings.provisioning {
+            return;
+        }
+        let creations: Vec<Creation> = self.ledger.creations.values().cloned().collect();
+        for creation in creations {
+            self.create(&node, creation, now, out);
+        }
+        let unfinished = |eni: &&crate::ledger::EniRecord| eni.progress < Progress::Settled;
+        let unfinished: Vec<_> = self.ledger.enis.values().filter(unfinished).cloned().collect();
+        for eni in unfinished {
+            let busy = self.under_way(|op| matches!(op, Op::Attach(id) | Op::Settle(id) | Op::Delete(id) if *id == eni.id));
+            // An ENI found attached after a restart is settled once EC2 has said how it is attached.
+            if busy || self.verify_due || self.rests(&Subject::Eni(eni.id.clone())) {
+                continue;
+            }
+            match (eni.progress, eni.attachment) {
+                (Progress::Created, _) if self.full_without(&eni.id) => {
+                    self.start(Op::Delete(eni.id.clone()), CloudRequest::DeleteEni { eni: eni.id }, now, out);
+                }
+                (Progress::Created, _) => {
+                    let instance = node.instance.clone();
+                    let request =
+                        CloudRequest::AttachEni { eni: eni.id.clone(), instance, device: eni.device, card: eni.card };
+                    self.start(Op::Attach(eni.id), request, now, out);
+                }
+                (_, Some(attachment)) => {
+                    let request = CloudRequest::SetDeleteOnTermination { eni: eni.id.clone(), attachment };
+                    self.start(Op::Settle(eni.id), request, now, out);
+                }
+                (_, None) => self.verify_due = true,
+            }
+        }
+    }
+
+    /// Compares the pool with its target and asks EC2 for what is missing.
+    pub(super) fn grow(&mut self, now: Time, out: &mut Out) {
+        // Before EC2 has confirmed the ledger, what seems missing may be there.
+        if !self.settings.provisioning || self.verify_due || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)))
+        {
+            return;
+        }
+        let Some(target) = self.target(now) else { return };
+        let Some(means) = self.means() else { return };
+        let plan = plan::plan(target.wanted, &means);
+        for step in plan.steps {
+            match step {
+                Step::Assign { eni, want } => {
+                    out.note(Note::Grow { why: target.why.clone(), step: format!("assign {want} to {eni}") });
+                    let request = CloudRequest::Assign { eni: eni.clone(), want };
+                    self.start(Op::Assign { eni, want }, request, now, out);
+                }
+                Step::Create { subnet, want } => {
+                    if self.ledger.creations.len() >= MAX_CREATIONS {
+                        break;
+                    }
+                    let Some(node) = self.ledger.node.clone() else { return };
+                    out.note(Note::Grow { why: target.why.clone(), step: format!("create an ENI in {subnet} with {want}") });
+                    self.tokens += 1;
+                    let token = format!("fw-{}-{:x}-{:x}", node.instance, now.0, self.tokens);
+                    let creation = Creation { token, subnet, want, since: now };
+                    self.record(Record::Creating(creation.clone()), out);
+                    self.create(&node, creation, now, out);
+                }
+            }
+        }
+    }
+
+    fn create(&mut self, node: &NodeFacts, creation: Creation, now: Time, out: &mut Out) {
+        let under_way = self.under_way(|op| matches!(op, Op::Create { token } if *token == creation.token));
+        let action = Subject::Action("CreateNetworkInterface".to_owned());
+        if under_way || self.rests(&action) || self.rests(&Subject::Subnet(creation.subnet.clone())) {
+            return;
+        }
+        let mut tags = self.settings.eni_tags.clone();
+        tags.insert(TAG_INSTANCE.to_owned(), node.instance.to_string());
+        tags.insert(TAG_CREATED.to_owned(), rfc3339(creation.since));
+        if let Some(cluster) = &self.settings.cluster_name {
+            tags.insert(TAG_CLUSTER.to_owned(), cluster.clone());
+            tags.insert(TAG_OWNER.0.to_owned(), TAG_OWNER.1.to_owned());
+        }
+        let request = CloudRequest::CreateEni {
+            subnet: creation.subnet,
+            security_groups: node.security_groups.clone(),
+            want: creation.want,
+            description: format!("aws-K8S-{}", node.instance),
+            tags,
+            client_token: creation.token.clone(),
+        };
+        self.start(Op::Create { token: creation.token }, request, now, out);
+    }
+
+    pub(super) fn target(&self, now: Time) -> Option<Target> {
+        Some(target::target(self.settings.policy, &self.frame()?, &self.counts(now)))
+    }
+
+    pub(super) fn frame(&self) -> Option<Frame> {
+        let limits = self.limits.as_ref()?;
+        let mode = if limits.prefixes { self.settings.mode } else { Mode::Addresses };
+        let slots_per_eni = limits.ipv4_per_eni.saturating_sub(1);
+        Some(Frame { mode, slots_per_eni, max_pods: self.settings.max_pods })
+    }
+
+    /// The pool in numbers. Capacity on its way counts as held, so that it is not asked for twice.
+    pub(super) fn counts(&self, now: Time) -> Counts {
+        let mut counts = Counts::default();
+        counts.waiting = u32::try_from(self.waiting.len()).unwrap_or(u32::MAX);
+        counts.assigned = u32::try_from(self.ledger.pods.len()).unwrap_or(u32::MAX);
+        let cooldown_ms = self.settings.cooldown_ms();
+        let cooling = |address: &std::net::IpAddr| {
+            self.ledger.freed.get(address).is_some_and(|at| now.since_ms(*at) < cooldown_ms)
+        };
+        let pods: std::collections::BTreeSet<_> = self.ledger.pods.values().map(|a| a.address).collect();
+        let orphaned = |address: &std::net::IpAddr| self.kernel.pod_routes.contains(address) && !pods.contains(address);
+        for (id, slots) in &self.ledger.slots {
+            let Some(live) = self.live.get(id) else { continue };
+            let stuck = !live.programmed && now.since_ms(live.since) > STUCK_ENI_MS;
+            if live.gone || stuck {
+                continue;
+            }
+            for slot in slots.iter().filter(|slot| !live.missing.contains(*slot)) {
+                let size = pick::size(slot);
+                counts.total += size;
+                let (mut busy, mut cool) = (0u32, 0u32);
+                for address in pick::addresses(slot) {
+                    if pods.contains(&address) {
+                        busy += 1;
+                    } else if orphaned(&address) {
+                        busy += 1;
+                        counts.orphans += 1;
+                    } else if cooling(&address) {
+                        cool += 1;
+                    }
+                }
+                counts.cooling += cool;
+                if size == PREFIX_SIZE {
+                    counts.prefixes += 1;
+                    counts.free_prefixes += u32::from(busy + cool == 0);
+                }
+            }
+        }
+        for want in self.ops.values().filter_map(|(op, _)| match op {
+            Op::Assign { want, .. } => Some(*want),
+            _ => None,
+        }) {
+            add_coming(&mut counts, want);
+        }
+        for creation in self.ledger.creations.values() {
+            add_coming(&mut counts, creation.want);
+        }
+        counts
+    }
+
+    /// What may be used for growing.
+    pub(super) fn means(&self) -> Option<Means> {
+        let node = self.ledger.node.as_ref()?;
+        let frame = self.frame()?;
+        let primary = self.ledger.enis.get(&node.primary_eni)?;
+        let assign_rests = self.rests(&Subject::Action("AssignPrivateIpAddresses".to_owned()));
+        let mut enis: Vec<_> = self.ledger.enis.values().collect();
+        enis.sort_by_key(|eni| (eni.card, eni.device));
+        let mut rooms = Vec::new();
+        for eni in enis {
+            let Some(live) = self.live.get(&eni.id).filter(|live| !live.gone) else { continue };
+            let held = self.ledger.slots.get(&eni.id).map_or(0, |slots| slots.len() + live.quarantined.len());
+            let free_slots = frame.slots_per_eni.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
+            let busy = self.under_way(|op| {
+                matches!(op, Op::Assign { eni: id, .. } | Op::ReadBack(id) | Op::Delete(id) if *id == eni.id)
+            });
+            let refused =
+                self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
+            rooms.push(EniRoom {
+                eni: eni.id.clone(),
+                free_slots: if live.full { 0 } else { free_slots },
+                resting: busy || refused || assign_rests || eni.progress == Progress::Created,
+                singles_only: self.rests(&Subject::EniPrefixes(eni.id.clone())),
+            });
+        }
+        Some(Means {
+            mode: frame.mode,
+            enis: rooms,
+            new_enis: self.eni_room(),
+            slots_per_eni: frame.slots_per_eni,
+            subnet: primary.subnet.clone(),
+            subnet_resting: self.rests(&Subject::Subnet(primary.subnet.clone()))
+                || self.rests(&Subject::Action("CreateNetworkInterface".to_owned())),
+            subnet_singles_only: self.rests(&Subject::SubnetPrefixes(primary.subnet.clone())),
+        })
+    }
+
+    /// ENIs that could still be created.
+    pub(super) fn eni_room(&self) -> u32 {
+        let taken = self.ledger.enis.len() + self.ledger.creations.len() + self.foreign_devices.len();
+        self.max_enis().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))
+    }
+
+    pub(super) fn max_enis(&self) -> u32 {
+        let by_type = self.limits.as_ref().map_or(0, |limits| limits.max_enis);
+        let learned = self.learned_max_enis.unwrap_or(u32::MAX);
+        by_type.min(self.settings.max_eni.unwrap_or(u32::MAX)).min(learned)
+    }
+
+    /// The instance carries as many ENIs as it may, this unattached one not counted: it has no future.
+    fn full_without(&self, eni: &EniId) -> bool {
+        let attached = |e: &&crate::ledger::EniRecord| e.id != *eni && e.progress >= Progress::Attached;
+        let taken = self.ledger.enis.values().filter(attached).count() + self.foreign_devices.len();
+        self.learned_max_enis.is_some() && u32::try_from(taken).is_ok_and(|taken| taken >= self.max_enis())
+    }
+
+    /// Something under way will bring addresses, or the next settle will start it.
+    pub(super) fn capacity_is_coming(&self, now: Time) -> bool {
+        let call = self.under_way(|op| {
+            matches!(
+                op,
+                Op::Assign { .. } | Op::Create { .. } | Op::Attach(_) | Op::Metadata | Op::Verify | Op::ReadBack(_)
+            )
+        });
+        let soon = |id: &EniId| {
+            let live = self.live.get(id);
+            let slots = self.ledger.slots.get(id).map_or(0, std::collections::BTreeSet::len);
+            live.is_some_and(|l| {
+                let untold = slots > 0 && l.told.len() < slots;
+                !l.gone && now.since_ms(l.since) <= STUCK_ENI_MS && (!l.programmed || untold)
+            })
+        };
+        call || self.ledger.enis.keys().any(soon) || self.could_grow(now)
+    }
+
+    /// The plan has a step that nothing stands in the way of.
+    pub(super) fn could_grow(&self, now: Time) -> bool {
+        let plan = self.target(now).zip(self.means()).map(|(target, means)| plan::plan(target.wanted, &means));
+        self.settings.provisioning && plan.is_some_and(|plan| !plan.steps.is_empty())
+    }
+
+    /// Slots by ENI, for the view.
+    pub(super) fn slot_sizes(&self) -> BTreeMap<EniId, (u32, u32)> {
+        let sizes = |slots: &std::collections::BTreeSet<ipnet::IpNet>| {
+            let prefixes = slots.iter().filter(|slot| pick::size(slot) > 1).count();
+            (u32::try_from(slots.len() - prefixes).unwrap_or(0), u32::try_from(prefixes).unwrap_or(0))
+        };
+        self.ledger.slots.iter().map(|(eni, slots)| (eni.clone(), sizes(slots))).collect()
+    }
+
+    pub(super) fn wanted(&self, now: Time) -> Wanted {
+        self.target(now).map_or(Wanted::Enough, |t| t.wanted)
+    }
+}
+
+fn add_coming(counts: &mut Counts, want: Want) {
+    match want {
+        Want::Addresses(n) => counts.total += n,
+        Want::Prefixes(n) => {
+            counts.total += n * PREFIX_SIZE;
+            counts.prefixes += n;
+            counts.free_prefixes += n;
+        }
+    }
+}
+
+/// `2026-01-31T12:00:00Z`, by the civil-from-days rule; core has no date library and needs this one text.
+fn rfc3339(time: Time) -> String {
+    let secs = time.0 / 1_000;
+    let (days, rest) = (secs / 86_400, secs % 86_400);
+    let z = days + 719_468;
+    let era = z / 146_097;
+    let doe = z % 146_097;
+    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let day = doy - (153 * mp + 2) / 5 + 1;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    let year = yoe + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3_600, rest % 3_600 / 60, rest % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_civil() {
+        assert_eq!(rfc3339(Time(0)), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(Time(1_709_210_096_000)), "2024-02-29T12:34:56Z");
+        assert_eq!(rfc3339(Time(1_795_305_599_999)), "2026-11-21T23:59:59Z");
+    }
+}

@@ -1,0 +1,140 @@
+//! The kernel's side: computing the node's data path from the pool, and learning what stands.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::setback::Subject;
+use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, Note, Op, OpId, Out, Pool};
+use crate::ids::{DeviceIndex, Time};
+use crate::ledger::Progress;
+use crate::netplan::{EniPlan, NodePlan, PrimaryPlan};
+use crate::ports::{CloudError, CloudErrorKind, KernelReport};
+
+impl Pool {
+    /// Has the kernel made what the plan says: when the plan changed, when a link was missing, and now and then anyway.
+    pub(super) fn program_kernel(&mut self, now: Time, out: &mut Out) {
+        let Some(plan) = self.node_plan() else { return };
+        if self.kernel.plan.as_ref() != Some(&plan) {
+            self.kernel.plan = Some(plan);
+            self.kernel.revision += 1;
+        }
+        if self.kernel.in_flight || self.rests(&Subject::Kernel) {
+            return;
+        }
+        let due = self.kernel.recheck_at.is_none_or(|at| at <= now);
+        if self.kernel.applied == Some(self.kernel.revision) && !due {
+            return;
+        }
+        let Some(plan) = self.kernel.plan.clone() else { return };
+        self.kernel.in_flight = true;
+        self.kernel.recheck_at = None;
+        let op = self.new_op(Op::Program { revision: self.kernel.revision }, now);
+        out.commands.push(Command::Kernel { op, plan });
+    }
+
+    pub(super) fn kernel_answered(
+        &mut self,
+        id: OpId,
+        result: Result<(KernelReport, BTreeSet<IpAddr>), String>,
+        now: Time,
+        out: &mut Out,
+    ) {
+        let Some((Op::Program { revision }, _)) = self.ops.remove(&id) else { return };
+        self.kernel.in_flight = false;
+        let report = match result {
+            Ok((report, pod_routes)) => {
+                self.kernel.pod_routes = pod_routes;
+                report
+            }
+            Err(error) => {
+                let setback = CloudError {
+                    kind: CloudErrorKind::Transient,
+                    action: "kernel".to_owned(),
+                    code: "Netlink".to_owned(),
+                    message: error.clone(),
+                    request_id: None,
+                };
+                self.set_back(Subject::Kernel, "the node's routes and rules".to_owned(), setback, now, out);
+                out.note(Note::KernelFailed { error });
+                return;
+            }
+        };
+        self.recovered(&Subject::Kernel);
+        let first = self.kernel.applied.is_none();
+        self.kernel.applied = Some(revision);
+        let wait = if report.missing_links.is_empty() { KERNEL_RESYNC_MS } else { LINK_RETRY_MS };
+        self.kernel.recheck_at = Some(now.plus_ms(wait));
+        self.kernel.missing_links.clone_from(&report.missing_links);
+        for text in report.repaired {
+            // The first programming of a node makes everything; only what somebody took away later is a repair.
+            if !first {
+                out.note(Note::Repaired { text });
+            }
+        }
+        let Some(plan) = self.kernel.plan.clone().filter(|_| revision == self.kernel.revision) else {
+            // The plan changed meanwhile: what stands is known after the next application.
+            return;
+        };
+        let primary = plan.primary.id.clone();
+        for (id, live) in &mut self.live {
+            let stands = *id == primary || report.programmed.contains(id);
+            if stands && !live.programmed {
+                out.note(Note::EniMoved { eni: id.clone(), to: "in service", after_ms: now.since_ms(live.since) });
+            }
+            live.programmed = stands;
+            live.told = match plan.enis.iter().find(|eni| eni.id == *id) {
+                Some(eni) => eni.sources.clone(),
+                // Packets of pods on the primary need no steering: main is where they go.
+                None => self.ledger.slots.get(id).cloned().unwrap_or_default(),
+            };
+        }
+    }
+
+    /// The data path this pool needs. `None` until the primary ENI is known.
+    fn node_plan(&self) -> Option<NodePlan> {
+        let node = self.ledger.node.as_ref()?;
+        let primary = self.ledger.enis.get(&node.primary_eni)?;
+        let mut secondary: Vec<_> = self
+            .ledger
+            .enis
+            .values()
+            .filter(|eni| eni.device != DeviceIndex::PRIMARY && eni.progress >= Progress::Attached)
+            .collect();
+        secondary.sort_by_key(|eni| (eni.card, eni.device));
+        let enis = secondary.into_iter().map(|eni| EniPlan {
+            id: eni.id.clone(),
+            mac: eni.mac,
+            address: eni.primary_ipv4,
+            subnet: eni.subnet_cidr,
+            table: eni.table(),
+            mark: eni.device.0 + 1,
+            sources: self.sources(&eni.id),
+        });
+        let mut no_snat = node.vpc_cidrs.clone();
+        no_snat.extend(self.settings.exclude_snat.iter().copied());
+        no_snat.sort();
+        no_snat.dedup();
+        Some(NodePlan {
+            primary: PrimaryPlan { id: primary.id.clone(), mac: primary.mac, address: primary.primary_ipv4 },
+            enis: enis.collect(),
+            veth_prefix: self.settings.veth_prefix.clone(),
+            no_snat,
+            snat: self.settings.snat,
+            node_port: self.settings.node_port,
+            mtu: self.settings.mtu,
+        })
+    }
+
+    /// Slots of the ENI, and addresses of pods whose slot is no longer listed: a running pod keeps its way out.
+    fn sources(&self, eni: &crate::ids::EniId) -> BTreeSet<IpNet> {
+        let mut sources = self.ledger.slots.get(eni).cloned().unwrap_or_default();
+        for allocation in self.ledger.pods.values().filter(|a| a.eni == *eni) {
+            if !sources.iter().any(|slot| slot.contains(&allocation.address)) {
+                sources.insert(IpNet::from(allocation.address));
+            }
+        }
+        sources
+    }
+}

@@ -1,0 +1,362 @@
+//! The pool: the state machine that owns this node's addresses.
+//!
+//! `step(event, now)` takes one fact and returns the wishes that follow from it. Every step ends in `settle`, which looks at
+//! the state as it is now and not at what happened: it serves waiting ADDs, moves ENIs along, grows the pool and programs
+//! the kernel. So a lost event costs time and never correctness.
+//!
+//! Order of effects: the records of a step are durable before any of its other commands is carried out. An ADD is answered
+//! after the ledger knows it; a slot is given back after the ledger has forgotten it.
+
+mod cloud;
+mod grow;
+mod kernel;
+mod requests;
+mod setback;
+#[cfg(test)]
+mod tests;
+mod view;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+pub use setback::Setback;
+pub use view::{EniRow, Failure, PoolStatus, Reason};
+
+use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, Time};
+use crate::ledger::{Allocation, LedgerState, Record};
+use crate::netplan::NodePlan;
+use crate::ports::{CloudError, CloudReply, CloudRequest, EniView, InstanceLimits, KernelReport, Want};
+use crate::settings::Settings;
+
+/// ADDs that wait at once; the next is refused at once, with the reason.
+pub const MAX_WAITING: usize = 1_024;
+/// How long an ADD waits when the plugin does not say.
+pub const DEFAULT_PATIENCE_MS: u64 = 15_000;
+/// ENIs being created at once.
+pub const MAX_CREATIONS: usize = 2;
+/// An ENI whose link has not come after this long no longer counts as capacity on its way.
+pub const STUCK_ENI_MS: u64 = 60_000;
+/// How often the kernel is asked again for a link that has not appeared.
+pub const LINK_RETRY_MS: u64 = 200;
+/// How often the kernel is compared with the plan when nothing happens.
+pub const KERNEL_RESYNC_MS: u64 = 10_000;
+
+/// A fact.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A pod asks for an address (CNI ADD).
+    Add { request: RequestId, sandbox: SandboxId, pod: PodName, patience_ms: Option<u64> },
+    /// Whoever asked is gone; nobody waits for the answer.
+    Abandoned { request: RequestId },
+    /// A sandbox is gone (CNI DEL).
+    Del { request: RequestId, sandbox: SandboxId },
+    /// What the runtime still knows of a network; the rest is gone (CNI GC).
+    Gc { request: RequestId, network: String, valid: BTreeSet<(String, String)> },
+    /// An answer from EC2 or IMDS.
+    Cloud { op: OpId, result: Result<CloudReply, CloudError> },
+    /// An answer from the kernel, with every address that has a pod route now; the error as text, with its causes.
+    Kernel { op: OpId, result: Result<(KernelReport, BTreeSet<IpAddr>), String> },
+    /// These records could not be written: what they promised is taken back.
+    PersistFailed { records: Vec<Record> },
+    /// Time passed.
+    Tick,
+    /// The daemon stops: whoever waits is told so.
+    Stop,
+}
+
+/// A wish.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Must be durable before the commands that follow it.
+    Persist(Vec<Record>),
+    Reply { request: RequestId, answer: Answer },
+    Cloud { op: OpId, request: CloudRequest },
+    Kernel { op: OpId, plan: NodePlan },
+    /// For the log and the counters.
+    Note(Note),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RequestId(pub u64);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct OpId(pub u64);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    Added(Allocation),
+    Deleted(Allocation),
+    /// To a DEL of a sandbox nobody knows. Not an error: absent means done.
+    Unknown,
+    Collected(Vec<Allocation>),
+    Failed(Failure),
+}
+
+/// Something an operator would mention, as data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    NodeKnown { instance: String, instance_type: String, addresses: u32, from_ledger: bool },
+    ForeignLedger { ledger: String, node: String },
+    Grow { why: String, step: String },
+    CannotGrow { why: String, reason: String },
+    Gained { eni: EniId, slots: BTreeSet<IpNet> },
+    EniMoved { eni: EniId, to: &'static str, after_ms: u64 },
+    CloudFailed { error: CloudError, retry_in_ms: u64 },
+    /// EC2 shows something else than the ledger. Kept and reported, never acted on here.
+    Differs { eni: EniId, text: String },
+    CooldownYielded { address: IpAddr, rested_ms: u64 },
+    Repaired { text: String },
+    KernelFailed { error: String },
+}
+
+/// What was asked of the world and has not been answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Op {
+    Metadata,
+    Limits,
+    Verify,
+    ReadBack(EniId),
+    Create { token: String },
+    Attach(EniId),
+    Settle(EniId),
+    Assign { eni: EniId, want: Want },
+    Delete(EniId),
+    Program { revision: u64 },
+}
+
+/// What is known of an ENI beside the ledger; read again after a restart.
+#[derive(Debug, Clone)]
+struct Live {
+    /// When it came to its present stage.
+    since: Time,
+    /// Its link is there and its table and rules stand.
+    programmed: bool,
+    /// Sources the kernel steers to it.
+    told: BTreeSet<IpNet>,
+    /// Slots only IMDS shows: not handed out until EC2 confirms them.
+    quarantined: BTreeSet<IpNet>,
+    /// Slots of the ledger that EC2 does not show: not handed out, not forgotten.
+    missing: BTreeSet<IpNet>,
+    /// EC2 does not show the ENI on this instance.
+    gone: bool,
+    /// EC2 said it is full although our table says otherwise.
+    full: bool,
+}
+
+impl Live {
+    fn new(now: Time) -> Self {
+        Self {
+            since: now,
+            programmed: false,
+            told: BTreeSet::new(),
+            quarantined: BTreeSet::new(),
+            missing: BTreeSet::new(),
+            gone: false,
+            full: false,
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Waiter {
+    request: RequestId,
+    sandbox: SandboxId,
+    pod: PodName,
+    since: Time,
+    deadline: Time,
+}
+
+/// Where the kernel stands beside the plan.
+#[derive(Debug, Clone, Default)]
+struct KernelState {
+    /// Grows with every change of the plan.
+    revision: u64,
+    plan: Option<NodePlan>,
+    applied: Option<u64>,
+    in_flight: bool,
+    /// When to compare again although nothing changed.
+    recheck_at: Option<Time>,
+    missing_links: BTreeSet<EniId>,
+    /// Addresses with a pod route when the kernel was last read: in use, whatever the ledger says.
+    pod_routes: BTreeSet<IpAddr>,
+}
+
+/// The state machine. See the module's head.
+pub struct Pool {
+    settings: Settings,
+    ledger: LedgerState,
+    limits: Option<InstanceLimits>,
+    live: BTreeMap<EniId, Live>,
+    /// ENIs as IMDS showed them last: the source of subnet CIDRs.
+    imds: BTreeMap<EniId, EniView>,
+    /// Device numbers taken by ENIs that are not ours to use.
+    foreign_devices: BTreeSet<DeviceIndex>,
+    /// The ENI limit EC2 taught us, when our table was wrong.
+    learned_max_enis: Option<u32>,
+    ops: BTreeMap<OpId, (Op, Time)>,
+    next_op: u64,
+    waiting: VecDeque<Waiter>,
+    setbacks: BTreeMap<setback::Subject, Setback>,
+    kernel: KernelState,
+    unsaved: Vec<Record>,
+    metadata_read: bool,
+    /// EC2 must still confirm what the ledger and IMDS say.
+    verify_due: bool,
+    rng: u64,
+    tokens: u64,
+}
+
+/// What a step collects.
+#[derive(Default)]
+struct Out {
+    records: Vec<Record>,
+    commands: Vec<Command>,
+}
+
+impl Out {
+    fn note(&mut self, note: Note) {
+        self.commands.push(Command::Note(note));
+    }
+
+    fn reply(&mut self, request: RequestId, answer: Answer) {
+        self.commands.push(Command::Reply { request, answer });
+    }
+}
+
+impl Pool {
+    /// A pool over what the ledger said at start; an empty ledger is a first boot. `seed` feeds jitter and client tokens
+    /// and nothing that could be seen in a decision.
+    pub fn new(settings: Settings, ledger: LedgerState, seed: u64, now: Time) -> Self {
+        let live = ledger.enis.keys().map(|eni| (eni.clone(), Live::new(now))).collect();
+        let verify_due = ledger.node.is_some();
+        let limits = ledger.node.as_ref().and_then(|node| crate::limits::lookup(&node.instance_type)).map(|t| t.limits());
+        Self {
+            settings,
+            ledger,
+            limits,
+            live,
+            imds: BTreeMap::new(),
+            foreign_devices: BTreeSet::new(),
+            learned_max_enis: None,
+            ops: BTreeMap::new(),
+            next_op: 1,
+            waiting: VecDeque::new(),
+            setbacks: BTreeMap::new(),
+            kernel: KernelState::default(),
+            unsaved: Vec::new(),
+            metadata_read: false,
+            verify_due,
+            rng: seed,
+            tokens: 0,
+        }
+    }
+
+    /// Takes one fact, returns the wishes that follow, in the order they are to be carried out.
+    pub fn step(&mut self, event: Event, now: Time) -> Vec<Command> {
+        let mut out = Out::default();
+        match event {
+            Event::Add { request, sandbox, pod, patience_ms } => {
+                self.add(request, sandbox, pod, patience_ms, now, &mut out);
+            }
+            Event::Abandoned { request } => self.waiting.retain(|waiter| waiter.request != request),
+            Event::Del { request, sandbox } => self.del(request, &sandbox, now, &mut out),
+            Event::Gc { request, network, valid } => self.gc(request, &network, &valid, now, &mut out),
+            Event::Cloud { op, result } => self.cloud_answered(op, result, now, &mut out),
+            Event::Kernel { op, result } => self.kernel_answered(op, result, now, &mut out),
+            Event::PersistFailed { records } => self.persist_failed(records),
+            Event::Tick => {}
+            Event::Stop => {
+                self.stop(&mut out);
+                return out.commands;
+            }
+        }
+        self.settle(now, &mut out);
+        let mut commands = Vec::with_capacity(out.commands.len() + 1);
+        if !out.records.is_empty() {
+            let mut records = std::mem::take(&mut self.unsaved);
+            records.extend(out.records);
+            commands.push(Command::Persist(records));
+        }
+        commands.extend(out.commands);
+        commands
+    }
+
+    /// When to call `step(Tick)` at the latest, and why.
+    pub fn poll_deadline(&self) -> Option<(Time, &'static str)> {
+        let waiter = self.waiting.iter().map(|w| (w.deadline, "a waiting ADD runs out of patience")).min();
+        let retry = self.setbacks.values().filter(|s| !s.over).map(|s| (s.until, "a refused call is tried again")).min();
+        let kernel = self.kernel.recheck_at.map(|at| (at, "the kernel is compared with the plan"));
+        let cooling = (!self.waiting.is_empty()).then(|| self.next_cooled()).flatten();
+        let cooling = cooling.map(|at| (at, "an address has cooled down"));
+        [waiter, retry, kernel, cooling].into_iter().flatten().min()
+    }
+
+    pub fn ledger(&self) -> &LedgerState {
+        &self.ledger
+    }
+
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Looks at the state as it is and does what is due.
+    fn settle(&mut self, now: Time, out: &mut Out) {
+        for setback in self.setbacks.values_mut() {
+            setback.over = setback.until <= now;
+        }
+        self.serve_waiting(now, out);
+        self.learn_node(now, out);
+        self.advance_enis(now, out);
+        self.grow(now, out);
+        // What could not be served by growing may be served by an early end of a cool-down.
+        self.serve_waiting(now, out);
+        self.program_kernel(now, out);
+    }
+
+    /// Applies a record to the state and has it written.
+    fn record(&mut self, record: Record, out: &mut Out) {
+        if let Record::Released { allocation, .. } = &record {
+            // A DEL unwires before it releases; should the route still be there, the next look at the kernel says so.
+            self.kernel.pod_routes.remove(&allocation.address);
+        }
+        self.ledger.apply(&record);
+        out.records.push(record);
+    }
+
+    fn persist_failed(&mut self, records: Vec<Record>) {
+        for record in records {
+            self.ledger.revert(&record);
+            if !matches!(record, Record::Allocated(_) | Record::Released { .. }) {
+                self.unsaved.push(record);
+            }
+        }
+    }
+
+    fn start(&mut self, op: Op, request: CloudRequest, now: Time, out: &mut Out) {
+        let id = self.new_op(op, now);
+        out.commands.push(Command::Cloud { op: id, request });
+    }
+
+    fn new_op(&mut self, op: Op, now: Time) -> OpId {
+        let id = OpId(self.next_op);
+        self.next_op += 1;
+        self.ops.insert(id, (op, now));
+        id
+    }
+
+    fn under_way(&self, wanted: impl Fn(&Op) -> bool) -> bool {
+        self.ops.values().any(|(op, _)| wanted(op))
+    }
+
+    /// Splitmix64: jitter and tokens only.
+    fn random(&mut self) -> u64 {
+        self.rng = self.rng.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.rng;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}

@@ -1,0 +1,177 @@
+//! What pods ask: ADD, DEL and GC, and who gets which address.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+
+use super::{Answer, DEFAULT_PATIENCE_MS, Failure, MAX_WAITING, Note, Out, Pool, Reason, RequestId, Waiter};
+use crate::ids::{EniId, PodName, SandboxId, Time};
+use crate::ledger::{Allocation, Record};
+use crate::pick::{self, Candidate, Occupancy};
+
+impl Pool {
+    pub(super) fn add(
+        &mut self,
+        request: RequestId,
+        sandbox: SandboxId,
+        pod: PodName,
+        patience_ms: Option<u64>,
+        now: Time,
+        out: &mut Out,
+    ) {
+        if let Some(allocation) = self.ledger.pods.get(&sandbox) {
+            // The runtime may repeat an ADD whose answer it lost; the same sandbox has the same address.
+            out.reply(request, Answer::Added(allocation.clone()));
+            return;
+        }
+        if self.waiting.len() >= MAX_WAITING {
+            let message = format!("{MAX_WAITING} pods are waiting for an address already; try again");
+            out.reply(request, Answer::Failed(Failure::retryable(Reason::Assigning, message)));
+            return;
+        }
+        let deadline = now.plus_ms(patience_ms.unwrap_or(DEFAULT_PATIENCE_MS));
+        self.waiting.push_back(Waiter { request, sandbox, pod, since: now, deadline });
+    }
+
+    pub(super) fn del(&mut self, request: RequestId, sandbox: &SandboxId, now: Time, out: &mut Out) {
+        self.refuse_waiting(out, |waiter| waiter.sandbox == *sandbox, "the sandbox was deleted while it waited");
+        match self.ledger.pods.get(sandbox).cloned() {
+            Some(allocation) => {
+                self.record(Record::Released { allocation: allocation.clone(), at: now }, out);
+                out.reply(request, Answer::Deleted(allocation));
+            }
+            None => out.reply(request, Answer::Unknown),
+        }
+    }
+
+    pub(super) fn gc(
+        &mut self,
+        request: RequestId,
+        network: &str,
+        valid: &BTreeSet<(String, String)>,
+        now: Time,
+        out: &mut Out,
+    ) {
+        let dead = |a: &&Allocation| {
+            let key = (a.sandbox.container_id.clone(), a.sandbox.if_name.clone());
+            a.sandbox.network == network && !valid.contains(&key)
+        };
+        let dead: Vec<Allocation> = self.ledger.pods.values().filter(dead).cloned().collect();
+        for allocation in &dead {
+            self.record(Record::Released { allocation: allocation.clone(), at: now }, out);
+        }
+        out.reply(request, Answer::Collected(dead));
+    }
+
+    pub(super) fn stop(&mut self, out: &mut Out) {
+        self.refuse_waiting(out, |_| true, "ipamd is stopping; the next start serves this pod");
+    }
+
+    fn refuse_waiting(&mut self, out: &mut Out, which: impl Fn(&Waiter) -> bool, why: &str) {
+        let (refused, kept): (VecDeque<Waiter>, _) = self.waiting.drain(..).partition(|waiter| which(waiter));
+        self.waiting = kept;
+        for waiter in refused {
+            out.reply(waiter.request, Answer::Failed(Failure::retryable(Reason::Starting, why.to_owned())));
+        }
+    }
+
+    /// Gives addresses to waiting ADDs, first come first served, and sends away those whose patience has ended.
+    pub(super) fn serve_waiting(&mut self, now: Time, out: &mut Out) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let mut used = self.in_use();
+        let mut pods: BTreeMap<EniId, u32> = self.pods_by_eni();
+        let mut candidates = self.candidates(&pods);
+        // A cool-down yields when nothing else can bring an address soon, or when the pod would fail otherwise.
+        let nothing_comes = !self.capacity_is_coming(now);
+        while let Some(waiter) = self.waiting.pop_front() {
+            let out_of_patience = waiter.deadline <= now;
+            let cooldown_ms = self.settings.cooldown_ms();
+            let freed = &self.ledger.freed;
+            let occupancy = |address: &IpAddr| match freed.get(address) {
+                _ if used.contains(address) => Occupancy::Used,
+                Some(at) if now.since_ms(*at) < cooldown_ms => Occupancy::Cooling(*at),
+                _ => Occupancy::Free,
+            };
+            let Some(pick) = pick::pick(&candidates, occupancy, freed, nothing_comes || out_of_patience) else {
+                if out_of_patience {
+                    let failure = self.why_no_address(waiter.since, now);
+                    out.reply(waiter.request, Answer::Failed(failure));
+                    continue;
+                }
+                self.waiting.push_front(waiter);
+                break;
+            };
+            if pick.early {
+                let rested_ms = freed.get(&pick.address).map_or(0, |at| now.since_ms(*at));
+                out.note(Note::CooldownYielded { address: pick.address, rested_ms });
+            }
+            let eni = self.ledger.enis.get(&pick.eni).expect("invariant: candidates are ENIs of the ledger");
+            let allocation = Allocation {
+                sandbox: waiter.sandbox,
+                pod: waiter.pod,
+                address: pick.address,
+                eni: pick.eni,
+                device: eni.device,
+                table: eni.table(),
+                at: now,
+            };
+            used.insert(allocation.address);
+            let count = pods.entry(allocation.eni.clone()).or_default();
+            *count += 1;
+            for candidate in candidates.iter_mut().filter(|c| c.eni == allocation.eni) {
+                candidate.eni_pods = *count;
+            }
+            self.record(Record::Allocated(allocation.clone()), out);
+            out.reply(waiter.request, Answer::Added(allocation));
+        }
+        // The queue is in order of arrival, not of patience: whoever has run out behind the first is told now.
+        let (gone, kept): (VecDeque<Waiter>, _) = self.waiting.drain(..).partition(|w| w.deadline <= now);
+        self.waiting = kept;
+        for waiter in gone {
+            let failure = self.why_no_address(waiter.since, now);
+            out.reply(waiter.request, Answer::Failed(failure));
+        }
+    }
+
+    /// Addresses of sandboxes, and addresses the kernel still routes to a pod although no sandbox is known.
+    pub(super) fn in_use(&self) -> BTreeSet<IpAddr> {
+        let wired = self.kernel.pod_routes.iter().copied();
+        self.ledger.pods.values().map(|a| a.address).chain(wired).collect()
+    }
+
+    /// Slots that may be picked from: confirmed by EC2, not missing there now, on an ENI whose routes stand.
+    pub(super) fn candidates(&self, pods: &BTreeMap<EniId, u32>) -> Vec<Candidate> {
+        let mut candidates = Vec::new();
+        for (id, eni) in &self.ledger.enis {
+            let Some(live) = self.live.get(id) else { continue };
+            if !live.programmed || live.gone {
+                continue;
+            }
+            let slots = self.ledger.slots.get(id).into_iter().flatten();
+            for slot in slots.filter(|slot| live.told.contains(*slot) && !live.missing.contains(*slot)) {
+                candidates.push(Candidate {
+                    slot: *slot,
+                    eni: id.clone(),
+                    device: eni.device,
+                    eni_pods: pods.get(id).copied().unwrap_or(0),
+                });
+            }
+        }
+        candidates
+    }
+
+    pub(super) fn pods_by_eni(&self) -> BTreeMap<EniId, u32> {
+        let mut pods = BTreeMap::new();
+        for allocation in self.ledger.pods.values() {
+            *pods.entry(allocation.eni.clone()).or_default() += 1;
+        }
+        pods
+    }
+
+    /// When the next address has cooled down.
+    pub(super) fn next_cooled(&self) -> Option<Time> {
+        let cooldown_ms = self.settings.cooldown_ms();
+        self.ledger.freed.values().map(|at| at.plus_ms(cooldown_ms)).min()
+    }
+}

@@ -1,0 +1,585 @@
+//! The pool in a small world: an EC2 that answers at once, a kernel that does as told, a ledger that remembers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::*;
+use crate::ids::{InstanceId, SecurityGroupId, SubnetId, VpcId};
+use crate::ports::{CloudErrorKind, EniKind, EniStatus, Metadata};
+
+/// What an answer to a call should be instead of the truth.
+type Fault = (&'static str, CloudErrorKind, &'static str);
+
+struct World {
+    pool: Pool,
+    now: Time,
+    instance_type: &'static str,
+    enis: BTreeMap<EniId, EniView>,
+    next_host: u32,
+    /// Taken in order by the next calls of that action.
+    faults: Vec<Fault>,
+    /// The call is carried out and its answer lost.
+    lose: Vec<&'static str>,
+    links_hidden: bool,
+    pod_routes: BTreeSet<IpAddr>,
+    calls: Vec<String>,
+    journal: Vec<Record>,
+    journal_broken: bool,
+    answers: BTreeMap<RequestId, Answer>,
+    notes: Vec<Note>,
+    next_request: u64,
+}
+
+fn settings(vars: &[(&str, &str)]) -> Settings {
+    Settings::parse(|name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned())).unwrap()
+}
+
+fn sandbox(n: u32) -> SandboxId {
+    SandboxId { network: "aws-cni".into(), container_id: format!("c{n}"), if_name: "eth0".into() }
+}
+
+impl World {
+    fn new(instance_type: &'static str, vars: &[(&str, &str)], slots: &[&str]) -> Self {
+        let now = Time(1_000_000);
+        let primary = EniView {
+            id: EniId::new("eni-primary").unwrap(),
+            mac: "02:00:00:00:00:00".parse().unwrap(),
+            device: DeviceIndex::PRIMARY,
+            card: 0,
+            subnet: SubnetId::new("subnet-a").unwrap(),
+            subnet_cidr: Some("10.0.0.0/16".parse().unwrap()),
+            primary_ipv4: Ipv4Addr::new(10, 0, 0, 10),
+            slots: slots.iter().map(|s| s.parse().unwrap()).collect(),
+            security_groups: vec![SecurityGroupId::new("sg-a").unwrap()],
+            attachment: Some("eni-attach-0".parse().unwrap()),
+            status: EniStatus::Attached,
+            description: String::new(),
+            tags: BTreeMap::new(),
+            kind: EniKind::Interface,
+        };
+        Self {
+            pool: Pool::new(settings(vars), LedgerState::default(), 7, now),
+            now,
+            instance_type,
+            enis: [(primary.id.clone(), primary)].into(),
+            next_host: 0x0a00_1000,
+            faults: Vec::new(),
+            lose: Vec::new(),
+            links_hidden: false,
+            pod_routes: BTreeSet::new(),
+            calls: Vec::new(),
+            journal: Vec::new(),
+            journal_broken: false,
+            answers: BTreeMap::new(),
+            notes: Vec::new(),
+            next_request: 1,
+        }
+    }
+
+    fn step(&mut self, event: Event) {
+        let mut events = std::collections::VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let mut broken = None;
+            for command in self.pool.step(event, self.now) {
+                match command {
+                    Command::Persist(records) if self.journal_broken => broken = Some(records),
+                    _ if broken.is_some() => {}
+                    Command::Persist(records) => self.journal.extend(records),
+                    Command::Reply { request, answer } => {
+                        assert!(self.answers.insert(request, answer).is_none(), "answered twice");
+                    }
+                    Command::Cloud { op, request } => {
+                        self.now = self.now.plus_ms(10);
+                        let result = self.cloud(request);
+                        events.push_back(Event::Cloud { op, result });
+                    }
+                    Command::Kernel { op, plan } => {
+                        let result = Ok((self.kernel(&plan), self.pod_routes.clone()));
+                        events.push_back(Event::Kernel { op, result });
+                    }
+                    Command::Note(note) => self.notes.push(note),
+                }
+            }
+            if let Some(records) = broken {
+                events.push_back(Event::PersistFailed { records });
+            }
+            assert!(self.calls.len() < 500, "a hot loop: {:?}", &self.calls[480..]);
+        }
+    }
+
+    /// Lets time run to the pool's own deadlines until `until`.
+    fn run(&mut self, ms: u64) {
+        let until = self.now.plus_ms(ms);
+        while let Some((at, _)) = self.pool.poll_deadline().filter(|(at, _)| *at <= until) {
+            self.now = self.now.max(at);
+            self.step(Event::Tick);
+        }
+        self.now = self.now.max(until);
+        self.step(Event::Tick);
+    }
+
+    fn kernel(&self, plan: &NodePlan) -> KernelReport {
+        let ids: BTreeSet<EniId> = plan.enis.iter().map(|eni| eni.id.clone()).collect();
+        match self.links_hidden {
+            true => KernelReport { missing_links: ids, ..KernelReport::default() },
+            false => KernelReport { programmed: ids, ..KernelReport::default() },
+        }
+    }
+
+    fn cloud(&mut self, request: CloudRequest) -> Result<CloudReply, CloudError> {
+        let action = request.action();
+        self.calls.push(action.to_owned());
+        let error = |kind, code: &str| CloudError {
+            kind,
+            action: action.to_owned(),
+            code: code.to_owned(),
+            message: "as told".to_owned(),
+            request_id: None,
+        };
+        if let Some(at) = self.faults.iter().position(|(a, _, _)| *a == action) {
+            let (_, kind, code) = self.faults.remove(at);
+            return Err(error(kind, code));
+        }
+        let reply = self.carry_out(request);
+        if let Some(at) = self.lose.iter().position(|a| *a == action) {
+            self.lose.remove(at);
+            return Err(error(CloudErrorKind::Transient, "Timeout"));
+        }
+        Ok(reply)
+    }
+
+    fn carry_out(&mut self, request: CloudRequest) -> CloudReply {
+        match request {
+            CloudRequest::ReadMetadata => CloudReply::Metadata(self.metadata()),
+            CloudRequest::DescribeNode { .. } => {
+                CloudReply::Node(self.enis.values().filter(|e| e.attachment.is_some()).cloned().collect())
+            }
+            CloudRequest::DescribeEni { eni } => CloudReply::Eni(self.enis[&eni].clone()),
+            CloudRequest::CreateEni { subnet, want, client_token, tags, description, security_groups } => {
+                let id = EniId::new(format!("eni-{}", client_token.replace("fw-", ""))).unwrap();
+                if !self.enis.contains_key(&id) {
+                    let n = u8::try_from(self.enis.len()).unwrap();
+                    let view = EniView {
+                        id: id.clone(),
+                        mac: crate::ids::MacAddress([2, 0, 0, 0, 0, n]),
+                        device: DeviceIndex(0),
+                        card: 0,
+                        subnet,
+                        subnet_cidr: None,
+                        primary_ipv4: Ipv4Addr::new(10, 0, 1, n),
+                        slots: BTreeSet::new(),
+                        security_groups,
+                        attachment: None,
+                        status: EniStatus::Available,
+                        description,
+                        tags,
+                        kind: EniKind::Interface,
+                    };
+                    self.enis.insert(id.clone(), view);
+                    self.give(&id, want);
+                }
+                CloudReply::Created(self.enis[&id].clone())
+            }
+            CloudRequest::AttachEni { eni, device, .. } => {
+                let view = self.enis.get_mut(&eni).unwrap();
+                let attachment: crate::ids::AttachmentId = format!("eni-attach-{device}").parse().unwrap();
+                (view.device, view.status) = (device, EniStatus::Attached);
+                view.attachment = Some(attachment.clone());
+                CloudReply::Attached { attachment }
+            }
+            CloudRequest::Assign { eni, want } => CloudReply::Assigned(self.give(&eni, want)),
+            CloudRequest::DeleteEni { eni } => {
+                self.enis.remove(&eni);
+                CloudReply::Done
+            }
+            CloudRequest::SetDeleteOnTermination { .. } => CloudReply::Done,
+            other => panic!("not expected: {other:?}"),
+        }
+    }
+
+    fn give(&mut self, eni: &EniId, want: Want) -> BTreeSet<IpNet> {
+        let mut new = BTreeSet::new();
+        for _ in 0..want.slots() {
+            let (bits, len) = match want {
+                Want::Addresses(_) => (1, 32),
+                Want::Prefixes(_) => (16, 28),
+            };
+            self.next_host = self.next_host.next_multiple_of(bits);
+            new.insert(IpNet::V4(Ipv4Net::new(Ipv4Addr::from(self.next_host), len).unwrap()));
+            self.next_host += bits;
+        }
+        self.enis.get_mut(eni).unwrap().slots.extend(new.iter().copied());
+        new
+    }
+
+    fn metadata(&self) -> Metadata {
+        let primary = &self.enis[&EniId::new("eni-primary").unwrap()];
+        Metadata {
+            instance: InstanceId::new("i-1").unwrap(),
+            instance_type: self.instance_type.to_owned(),
+            region: "us-east-1".into(),
+            availability_zone: "us-east-1a".into(),
+            vpc: VpcId::new("vpc-1").unwrap(),
+            primary_mac: primary.mac,
+            primary_ipv4: primary.primary_ipv4,
+            vpc_cidrs: vec!["10.0.0.0/16".parse().unwrap()],
+            enis: self.enis.values().filter(|e| e.attachment.is_some()).cloned().collect(),
+        }
+    }
+
+    fn request(&mut self) -> RequestId {
+        self.next_request += 1;
+        RequestId(self.next_request)
+    }
+
+    fn add(&mut self, n: u32) -> RequestId {
+        let request = self.request();
+        self.step(Event::Add { request, sandbox: sandbox(n), pod: PodName::default(), patience_ms: None });
+        request
+    }
+
+    fn added(&self, request: RequestId) -> Allocation {
+        match self.answers.get(&request) {
+            Some(Answer::Added(allocation)) => allocation.clone(),
+            other => panic!("no address: {other:?}, waiting {:?}", self.pool.why_no_address(self.now, self.now)),
+        }
+    }
+
+    fn failure(&self, request: RequestId) -> Failure {
+        match self.answers.get(&request) {
+            Some(Answer::Failed(failure)) => failure.clone(),
+            other => panic!("did not fail: {other:?}"),
+        }
+    }
+
+    fn del(&mut self, n: u32) -> RequestId {
+        let request = self.request();
+        self.step(Event::Del { request, sandbox: sandbox(n) });
+        request
+    }
+
+    fn ec2_calls(&self) -> usize {
+        self.calls.iter().filter(|call| *call != "ImdsRead").count()
+    }
+
+    /// The daemon dies and starts again over its journal.
+    fn restart(&mut self) {
+        let settings = self.pool.settings().clone();
+        self.pool = Pool::new(settings, LedgerState::replay(&self.journal), 8, self.now);
+        assert_eq!(self.pool.ledger(), &LedgerState::replay(&self.journal));
+        self.step(Event::Tick);
+    }
+
+    fn distinct(&self) {
+        let addresses: BTreeSet<_> = self.pool.ledger().pods.values().map(|a| a.address).collect();
+        assert_eq!(addresses.len(), self.pool.ledger().pods.len(), "an address given twice");
+    }
+}
+
+#[test]
+fn a_node_launched_with_prefixes_serves_110_pods_with_zero_ec2_calls() {
+    let prefixes: Vec<String> = (0..8).map(|n| format!("10.0.2.{}/28", n * 16)).collect();
+    let prefixes: Vec<&str> = prefixes.iter().map(String::as_str).collect();
+    let mut w = World::new("m5.large", &[("ENABLE_PREFIX_DELEGATION", "true")], &prefixes);
+    w.step(Event::Tick);
+    let requests: Vec<_> = (0..110).map(|n| w.add(n)).collect();
+    for request in requests {
+        w.added(request);
+    }
+    w.distinct();
+    assert_eq!(w.ec2_calls(), 0, "{:?}", w.calls);
+}
+
+#[test]
+fn a_burst_on_an_empty_node_takes_few_calls_and_serves_everyone() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.step(Event::Tick);
+    let requests: Vec<_> = (0..20).map(|n| w.add(n)).collect();
+    w.run(2_000);
+    for request in requests {
+        w.added(request);
+    }
+    w.distinct();
+    // 9 slots on the primary; the rest on further ENIs with their addresses in the creating call.
+    let enis = w.pool.ledger().enis.len();
+    assert_eq!(enis, 3);
+    let devices: BTreeSet<_> = w.pool.ledger().enis.values().map(|e| e.device.0).collect();
+    assert_eq!(devices, [0, 1, 2].into());
+    assert!(w.pool.ledger().enis.values().all(|e| e.progress == crate::ledger::Progress::Settled));
+}
+
+#[test]
+fn no_address_is_served_before_its_enis_routes_stand() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "1")], &[]);
+    w.links_hidden = true;
+    w.step(Event::Tick);
+    let requests: Vec<_> = (0..12).map(|n| w.add(n)).collect();
+    w.run(3_000);
+    let served = |w: &World| requests.iter().filter(|r| w.answers.contains_key(r)).count();
+    assert_eq!(served(&w), 9, "only what the primary holds");
+    let why = w.pool.why_no_address(w.now, w.now);
+    assert_eq!(why.reason, Reason::Attaching);
+    w.links_hidden = false;
+    w.run(1_000);
+    assert_eq!(served(&w), 12);
+    w.distinct();
+}
+
+#[test]
+fn the_same_sandbox_gets_the_same_address_and_deletes_any_number_of_times() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    let (a, b) = (w.add(1), w.add(1));
+    assert_eq!(w.added(a), w.added(b));
+    let (d, e) = (w.del(1), w.del(1));
+    assert!(matches!(w.answers[&d], Answer::Deleted(_)));
+    assert_eq!(w.answers[&e], Answer::Unknown);
+}
+
+#[test]
+fn a_restart_serves_from_the_ledger_before_ec2_answers_and_keeps_the_cool_down() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.step(Event::Tick);
+    let requests: Vec<_> = (0..12).map(|n| w.add(n)).collect();
+    w.run(2_000);
+    for request in &requests {
+        w.added(*request);
+    }
+    let freed = w.added(requests[3]).address;
+    w.del(3);
+    let pods = w.pool.ledger().pods.clone();
+    w.faults = vec![
+        ("ImdsRead", CloudErrorKind::Transient, "Timeout"),
+        ("DescribeNetworkInterfaces", CloudErrorKind::Transient, "Timeout"),
+    ];
+    w.restart();
+    assert_eq!(w.pool.ledger().pods, pods);
+    let next = w.add(40);
+    let got = w.added(next).address;
+    assert_ne!(got, freed, "a cooling address must rest across a restart");
+    w.distinct();
+    w.run(40_000);
+    assert!(w.pool.status(w.now).enis.iter().all(|eni| eni.missing.is_empty()));
+}
+
+#[test]
+fn a_lost_reply_to_assign_is_read_back_and_adopted_not_asked_twice() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.lose.push("AssignPrivateIpAddresses");
+    w.step(Event::Tick);
+    let request = w.add(1);
+    w.run(5_000);
+    w.added(request);
+    let asked = w.calls.iter().filter(|c| *c == "AssignPrivateIpAddresses").count();
+    let held: usize = w.pool.ledger().slots.values().map(BTreeSet::len).sum();
+    let true_slots: usize = w.enis.values().map(|e| e.slots.len()).sum();
+    assert_eq!(held, true_slots, "everything EC2 gave is known");
+    assert!(asked <= 2, "{:?}", w.calls);
+}
+
+#[test]
+fn a_crash_between_create_and_attach_leaves_no_eni_behind() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "12")], &[]);
+    w.lose.push("CreateNetworkInterface");
+    w.step(Event::Tick);
+    assert_eq!(w.enis.len(), 2, "EC2 made the ENI, the answer was lost");
+    w.restart();
+    w.run(60_000);
+    let (ours, theirs): (BTreeSet<_>, BTreeSet<_>) =
+        (w.pool.ledger().enis.keys().cloned().collect(), w.enis.keys().cloned().collect());
+    assert_eq!(ours, theirs);
+    assert!(w.enis.values().all(|e| e.attachment.is_some()));
+}
+
+#[test]
+fn what_the_journal_could_not_take_was_never_promised() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32", "10.0.3.2/32"]);
+    w.step(Event::Tick);
+    let first = w.add(1);
+    w.added(first);
+    w.journal_broken = true;
+    let second = w.add(2);
+    assert!(!w.answers.contains_key(&second));
+    assert_eq!(w.pool.ledger().pods.len(), 1);
+    let deleted = w.del(1);
+    assert!(!w.answers.contains_key(&deleted));
+    assert_eq!(w.pool.ledger().pods.len(), 1, "a release that is not written has not happened");
+    w.journal_broken = false;
+    let third = w.add(3);
+    w.added(third);
+    assert_eq!(w.pool.ledger(), &LedgerState::replay(&w.journal));
+}
+
+#[test]
+fn a_failure_names_its_cause() {
+    let cases: [(&str, CloudErrorKind, &str, Reason); 5] = [
+        ("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet", Reason::SubnetEmpty),
+        ("AssignPrivateIpAddresses", CloudErrorKind::Throttled, "RequestLimitExceeded", Reason::Throttled),
+        ("AssignPrivateIpAddresses", CloudErrorKind::Denied, "UnauthorizedOperation", Reason::Denied),
+        ("AssignPrivateIpAddresses", CloudErrorKind::Transient, "InternalError", Reason::CloudUnavailable),
+        ("CreateNetworkInterface", CloudErrorKind::AccountFull, "NetworkInterfaceLimitExceeded", Reason::InstanceLimit),
+    ];
+    for (action, kind, code, reason) in cases {
+        let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "1")], &[]);
+        w.faults = vec![(action, kind, code); 60];
+        if kind != CloudErrorKind::AccountFull {
+            w.faults.extend(vec![("CreateNetworkInterface", kind, code); 60]);
+        }
+        w.step(Event::Tick);
+        let requests: Vec<_> = (0..12).map(|n| w.add(n)).collect();
+        w.run(20_000);
+        let failure = w.failure(*requests.last().unwrap());
+        assert_eq!(failure.reason, reason, "{}", failure.message);
+        assert!(failure.retryable);
+    }
+}
+
+#[test]
+fn a_full_instance_says_so() {
+    let mut w = World::new("t3.nano", &[], &[]);
+    w.step(Event::Tick);
+    let requests: Vec<_> = (0..4).map(|n| w.add(n)).collect();
+    w.run(20_000);
+    let served = requests.iter().filter(|r| matches!(w.answers.get(r), Some(Answer::Added(_)))).count();
+    assert_eq!(served, 2, "two ENIs of two addresses, one of each its own");
+    let failure = w.failure(*requests.last().unwrap());
+    assert_eq!(failure.reason, Reason::InstanceLimit, "{}", failure.message);
+    assert!(failure.message.contains("t3.nano"), "{}", failure.message);
+}
+
+#[test]
+fn the_cool_down_yields_rather_than_failing_a_pod() {
+    let mut w = World::new("t3.nano", &[], &[]);
+    w.step(Event::Tick);
+    let (a, b) = (w.add(1), w.add(2));
+    w.run(5_000);
+    let first = w.added(a).address;
+    w.added(b);
+    w.del(1);
+    w.now = w.now.plus_ms(1_000);
+    w.del(2);
+    let c = w.add(3);
+    assert_eq!(w.added(c).address, first, "the one that rested longest");
+    assert!(w.notes.iter().any(|n| matches!(n, Note::CooldownYielded { .. })));
+}
+
+#[test]
+fn gc_releases_what_the_runtime_no_longer_lists_and_nothing_of_other_networks() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.0/28"]);
+    w.step(Event::Tick);
+    for n in 0..3 {
+        w.add(n);
+    }
+    let request = w.request();
+    let valid = [("c1".to_owned(), "eth0".to_owned())].into();
+    w.step(Event::Gc { request, network: "other".into(), valid });
+    assert_eq!(w.answers[&request], Answer::Collected(Vec::new()));
+    let request = w.request();
+    let valid = [("c1".to_owned(), "eth0".to_owned())].into();
+    w.step(Event::Gc { request, network: "aws-cni".into(), valid });
+    let left: Vec<_> = w.pool.ledger().pods.keys().map(|s| s.container_id.clone()).collect();
+    assert_eq!(left, ["c1"]);
+}
+
+#[test]
+fn a_fragmented_subnet_falls_back_to_single_addresses_and_comes_back_to_prefixes() {
+    let mut w = World::new("m5.large", &[("ENABLE_PREFIX_DELEGATION", "true")], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Fragmented, "InsufficientCidrBlocks")];
+    w.step(Event::Tick);
+    let request = w.add(1);
+    w.run(5_000);
+    w.added(request);
+    let slots = |w: &World| w.pool.ledger().slots.values().flatten().map(crate::pick::size).collect::<BTreeSet<_>>();
+    let primary = w.pool.ledger().slots[&EniId::new("eni-primary").unwrap()].clone();
+    assert!(primary.iter().all(|slot| crate::pick::size(slot) == 1), "single addresses while there is no /28");
+    w.run(1_000_000);
+    for n in 10..60 {
+        w.add(n);
+    }
+    w.run(5_000);
+    assert!(slots(&w).contains(&16), "prefixes again");
+}
+
+#[test]
+fn an_address_imds_shows_after_a_restart_waits_for_ec2() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "1"), ("MINIMUM_IP_TARGET", "1")], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    // Something EC2 has taken back already still stands in IMDS.
+    let primary = EniId::new("eni-primary").unwrap();
+    w.enis.get_mut(&primary).unwrap().slots.insert("10.0.3.9/32".parse().unwrap());
+    w.faults = vec![("DescribeNetworkInterfaces", CloudErrorKind::Transient, "Timeout"); 3];
+    w.restart();
+    let rows = w.pool.status(w.now).enis;
+    assert_eq!(rows[0].quarantined, ["10.0.3.9/32"]);
+    let a = w.add(1);
+    assert_eq!(w.added(a).address.to_string(), "10.0.3.1");
+    w.run(60_000);
+    assert!(w.pool.status(w.now).enis[0].quarantined.is_empty(), "EC2 has confirmed it");
+}
+
+#[test]
+fn an_address_ec2_no_longer_shows_is_fenced_and_not_forgotten() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32", "10.0.3.2/32"]);
+    w.step(Event::Tick);
+    let a = w.add(1);
+    let held = w.added(a).address;
+    let primary = EniId::new("eni-primary").unwrap();
+    w.enis.get_mut(&primary).unwrap().slots.remove(&IpNet::from(held));
+    w.restart();
+    assert_eq!(w.pool.ledger().pods[&sandbox(1)].address, held, "an orphan is kept");
+    w.del(1);
+    for n in 2..9 {
+        w.add(n);
+    }
+    w.run(60_000);
+    assert!(w.pool.ledger().pods.values().all(|a| a.address != held), "never reused until EC2 shows it again");
+}
+
+#[test]
+fn max_eni_and_foreign_enis_bound_growth() {
+    let mut w = World::new("m5.large", &[("MAX_ENI", "2")], &[]);
+    w.step(Event::Tick);
+    for n in 0..30 {
+        w.add(n);
+    }
+    w.run(20_000);
+    assert_eq!(w.pool.ledger().enis.len(), 2);
+}
+
+#[test]
+fn a_taken_device_index_is_learnt_and_the_next_one_used() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "10")], &[]);
+    w.faults = vec![("AttachNetworkInterface", CloudErrorKind::DeviceTaken, "InvalidParameterValue")];
+    w.step(Event::Tick);
+    w.run(10_000);
+    let devices: Vec<_> = w.pool.ledger().enis.values().map(|e| e.device.0).filter(|d| *d > 0).collect();
+    assert_eq!(devices, [2]);
+}
+
+#[test]
+fn an_instance_that_holds_fewer_enis_than_its_table_says_is_learnt_and_the_eni_deleted() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "10")], &[]);
+    w.faults = vec![("AttachNetworkInterface", CloudErrorKind::InstanceFull, "AttachmentLimitExceeded")];
+    w.step(Event::Tick);
+    w.run(120_000);
+    assert_eq!(w.enis.len(), 1, "the ENI that found no place is gone");
+    assert_eq!(w.pool.ledger().enis.len(), 1);
+}
+
+#[test]
+fn an_address_with_a_pod_route_is_in_use_whatever_the_ledger_says() {
+    let mut w = World::new("t3.nano", &[("MAX_ENI", "1")], &["10.0.3.1/32", "10.0.3.2/32"]);
+    let wired: IpAddr = "10.0.3.1".parse().unwrap();
+    w.pod_routes.insert(wired);
+    w.step(Event::Tick);
+    let (a, b) = (w.add(1), w.add(2));
+    w.run(30_000);
+    assert_eq!(w.added(a).address.to_string(), "10.0.3.2");
+    assert!(matches!(w.answers[&b], Answer::Failed(_)));
+    w.pod_routes.clear();
+    w.run(20_000);
+    let c = w.add(3);
+    assert_eq!(w.added(c).address, wired, "free once the kernel agrees");
+}
