@@ -1,0 +1,299 @@
+//! The journal: one record a line, `<crc32c of the rest, 8 hex digits> <json>`, appended and flushed.
+//!
+//! An operator can read it with `less`. A line that is cut or fails its check at the very end is the trace of a crash and is
+//! dropped; the same with valid lines behind it is damage, and is refused. When the history has grown long beside what it
+//! says, the file is rewritten to the shortest journal of the same meaning.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use flatwire_core::ledger::{LedgerState, Record};
+
+use crate::{StoreError, io_error, replace};
+
+const HEADER: &str = "flatwire-journal/1";
+/// Rewritten once it has this many lines more than its shortest form.
+pub const COMPACT_AFTER: usize = 2_000;
+
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    /// Length up to which every byte is flushed and valid.
+    valid_len: u64,
+    lines: usize,
+    /// A failed append may have left half a line: nothing is appended before it is cut off.
+    torn: bool,
+}
+
+/// What opening found.
+#[derive(Debug)]
+pub struct Opened {
+    pub state: LedgerState,
+    /// Bytes of a cut-off last line that were dropped.
+    pub dropped_bytes: u64,
+}
+
+impl Journal {
+    /// Opens or creates the journal and locks it against a second daemon.
+    pub fn open(path: &Path) -> Result<(Self, Opened), StoreError> {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).map_err(io_error("create folder", folder))?;
+        }
+        let bytes = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(e) => return Err(io_error("read", path)(e)),
+        };
+        let parsed = parse(&bytes).map_err(|(line, why)| StoreError::Damaged { path: path.to_owned(), line, why })?;
+        let file = if parsed.valid_len == 0 {
+            replace(path, line(HEADER).as_bytes())?
+        } else {
+            OpenOptions::new().append(true).open(path).map_err(io_error("open", path))?
+        };
+        let file = reopen_locked(path, file)?;
+        let valid_len = if parsed.valid_len == 0 { header_len() } else { parsed.valid_len };
+        let mut journal = Self { path: path.to_owned(), file, valid_len, lines: parsed.records.len(), torn: true };
+        journal.cut_torn_tail()?;
+        let dropped_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX).saturating_sub(parsed.valid_len);
+        Ok((journal, Opened { state: LedgerState::replay(&parsed.records), dropped_bytes }))
+    }
+
+    /// Appends and flushes. On an error nothing of it counts: the file is cut back before the next append.
+    pub fn append(&mut self, records: &[Record]) -> Result<(), StoreError> {
+        self.cut_torn_tail()?;
+        let mut text = String::new();
+        for record in records {
+            let json = serde_json::to_string(record).expect("invariant: records are plain data and always serialise");
+            text.push_str(&line(&json));
+        }
+        self.torn = true;
+        self.file.write_all(text.as_bytes()).map_err(io_error("append to", &self.path))?;
+        self.file.sync_data().map_err(io_error("flush", &self.path))?;
+        self.torn = false;
+        self.valid_len += u64::try_from(text.len()).unwrap_or(0);
+        self.lines += records.len();
+        Ok(())
+    }
+
+    /// Rewrites the journal to its shortest form when it has grown long.
+    pub fn compact_if_long(&mut self, state: &LedgerState) -> Result<bool, StoreError> {
+        let records = state.as_records();
+        if self.lines < records.len() + COMPACT_AFTER {
+            return Ok(false);
+        }
+        self.compact(state)?;
+        Ok(true)
+    }
+
+    pub fn compact(&mut self, state: &LedgerState) -> Result<(), StoreError> {
+        let records = state.as_records();
+        let mut text = line(HEADER);
+        for record in &records {
+            text.push_str(&line(&serde_json::to_string(record).expect("invariant: records always serialise")));
+        }
+        let file = replace(&self.path, text.as_bytes())?;
+        self.file = reopen_locked(&self.path, file)?;
+        self.valid_len = u64::try_from(text.len()).unwrap_or(0);
+        self.lines = records.len();
+        self.torn = false;
+        Ok(())
+    }
+
+    fn cut_torn_tail(&mut self) -> Result<(), StoreError> {
+        if self.torn {
+            self.file.set_len(self.valid_len).map_err(io_error("cut", &self.path))?;
+            self.file.sync_all().map_err(io_error("flush", &self.path))?;
+            self.torn = false;
+        }
+        Ok(())
+    }
+}
+
+/// The lock is on the open file, so it ends with the process however that ends.
+fn reopen_locked(path: &Path, fresh: File) -> Result<File, StoreError> {
+    drop(fresh);
+    let file = OpenOptions::new().append(true).open(path).map_err(io_error("open", path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(StoreError::Locked { path: path.to_owned() }),
+        Err(std::fs::TryLockError::Error(e)) => Err(io_error("lock", path)(e)),
+    }
+}
+
+fn line(text: &str) -> String {
+    format!("{:08x} {text}\n", crc32c::crc32c(text.as_bytes()))
+}
+
+fn header_len() -> u64 {
+    u64::try_from(line(HEADER).len()).unwrap_or(0)
+}
+
+struct Parsed {
+    records: Vec<Record>,
+    valid_len: u64,
+}
+
+/// Reads every line. The error is the 1-based number of a damaged line that has valid lines behind it, and why.
+fn parse(bytes: &[u8]) -> Result<Parsed, (usize, String)> {
+    let mut records = Vec::new();
+    let mut valid_len = 0usize;
+    let mut bad: Option<(usize, String)> = None;
+    let mut offset = 0usize;
+    for (number, raw) in bytes.split_inclusive(|b| *b == b'\n').enumerate() {
+        offset += raw.len();
+        match (check(raw).and_then(|text| read(number, text)), &bad) {
+            (Ok(_), Some((at, why))) => return Err((*at, why.clone())),
+            (Ok(record), None) => {
+                records.extend(record);
+                valid_len = offset;
+            }
+            (Err(why), None) => bad = Some((number + 1, why)),
+            (Err(_), Some(_)) => {}
+        }
+    }
+    // A whole first line that is no header is not a torn tail: it is another program's file.
+    if let (0, Some((1, why))) = (valid_len, &bad)
+        && bytes.contains(&b'\n')
+    {
+        return Err((1, why.clone()));
+    }
+    Ok(Parsed { records, valid_len: u64::try_from(valid_len).unwrap_or(0) })
+}
+
+fn check(raw: &[u8]) -> Result<&str, String> {
+    let text = raw.strip_suffix(b"\n").ok_or("the line has no end")?;
+    let text = std::str::from_utf8(text).map_err(|_| "the line is not text")?;
+    let (sum, rest) = text.split_at_checked(8).ok_or("the line is too short")?;
+    let rest = rest.strip_prefix(' ').ok_or("the line has no checksum")?;
+    let sum = u32::from_str_radix(sum, 16).map_err(|_| "the line has no checksum")?;
+    if sum != crc32c::crc32c(rest.as_bytes()) {
+        return Err("the checksum does not match".to_owned());
+    }
+    Ok(rest)
+}
+
+fn read(number: usize, text: &str) -> Result<Option<Record>, String> {
+    if number == 0 {
+        return if text == HEADER { Ok(None) } else { Err(format!("the first line is not {HEADER}")) };
+    }
+    serde_json::from_str(text).map(Some).map_err(|e| format!("not a record of this version: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flatwire_core::ids::{EniId, PodName, RouteTable, SandboxId, Time};
+    use flatwire_core::ledger::Allocation;
+    use proptest::prelude::*;
+
+    fn allocation(n: u8) -> Record {
+        Record::Allocated(Allocation {
+            sandbox: SandboxId { network: "aws-cni".into(), container_id: format!("c{n}"), if_name: "eth0".into() },
+            pod: PodName { namespace: "default".into(), name: format!("p{n}") },
+            address: std::net::Ipv4Addr::new(10, 0, 0, n).into(),
+            eni: EniId::new("eni-1").unwrap(),
+            device: flatwire_core::ids::DeviceIndex(0),
+            table: RouteTable::MAIN,
+            at: Time(5),
+        })
+    }
+
+    fn journal(dir: &Path) -> PathBuf {
+        dir.join("flatwire.journal")
+    }
+
+    #[test]
+    fn what_was_appended_is_read_back_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = journal(dir.path());
+        let (mut j, opened) = Journal::open(&path).unwrap();
+        assert_eq!(opened.state, LedgerState::default());
+        j.append(&[allocation(1), allocation(2)]).unwrap();
+        drop(j);
+        let (_, opened) = Journal::open(&path).unwrap();
+        assert_eq!(opened.state, LedgerState::replay(&[allocation(1), allocation(2)]));
+    }
+
+    #[test]
+    fn a_second_daemon_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_held, _) = Journal::open(&journal(dir.path())).unwrap();
+        assert!(matches!(Journal::open(&journal(dir.path())), Err(StoreError::Locked { .. })));
+    }
+
+    #[test]
+    fn compaction_keeps_the_meaning_and_shortens_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = journal(dir.path());
+        let (mut j, _) = Journal::open(&path).unwrap();
+        let mut all = Vec::new();
+        for _ in 0..50 {
+            all.push(allocation(1));
+        }
+        j.append(&all).unwrap();
+        let before = fs::metadata(&path).unwrap().len();
+        let state = LedgerState::replay(&all);
+        j.compact(&state).unwrap();
+        assert!(fs::metadata(&path).unwrap().len() < before);
+        j.append(&[allocation(2)]).unwrap();
+        drop(j);
+        all.push(allocation(2));
+        assert_eq!(Journal::open(&path).unwrap().1.state, LedgerState::replay(&all));
+    }
+
+    #[test]
+    fn a_file_of_another_program_is_refused_and_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = journal(dir.path());
+        fs::write(&path, "{\"version\":\"vpc-cni-ipam/1\"}\n").unwrap();
+        assert!(matches!(Journal::open(&path), Err(StoreError::Damaged { line: 1, .. })));
+        assert!(fs::read_to_string(&path).unwrap().contains("vpc-cni-ipam"));
+    }
+
+    proptest! {
+        /// A journal cut at any byte recovers a prefix of history.
+        #[test]
+        fn a_cut_anywhere_recovers_a_prefix_of_history(count in 1u8..8, cut in 0usize..2_000) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = journal(dir.path());
+            let records: Vec<Record> = (1..=count).map(allocation).collect();
+            let (mut j, _) = Journal::open(&path).unwrap();
+            j.append(&records).unwrap();
+            drop(j);
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..cut.min(bytes.len())]).unwrap();
+            let (mut j, opened) = Journal::open(&path).unwrap();
+            let prefixes: Vec<LedgerState> = (0..=records.len()).map(|n| LedgerState::replay(&records[..n])).collect();
+            prop_assert!(prefixes.contains(&opened.state));
+            // And it goes on from there.
+            j.append(&[allocation(99)]).unwrap();
+            drop(j);
+            prop_assert!(Journal::open(&path).unwrap().1.state.pods.len() == opened.state.pods.len() + 1);
+        }
+
+        /// A changed byte recovers a prefix of history or is refused; it never invents one.
+        #[test]
+        fn a_changed_byte_recovers_a_prefix_or_is_refused(count in 1u8..6, at in 0usize..2_000, to: u8) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = journal(dir.path());
+            let records: Vec<Record> = (1..=count).map(allocation).collect();
+            let (mut j, _) = Journal::open(&path).unwrap();
+            j.append(&records).unwrap();
+            drop(j);
+            let mut bytes = fs::read(&path).unwrap();
+            let at = at % bytes.len();
+            bytes[at] = to;
+            fs::write(&path, &bytes).unwrap();
+            let prefixes: Vec<LedgerState> = (0..=records.len()).map(|n| LedgerState::replay(&records[..n])).collect();
+            match Journal::open(&path) {
+                Ok((_, opened)) => prop_assert!(prefixes.contains(&opened.state)),
+                Err(e) => {
+                    let damaged = matches!(e, StoreError::Damaged { .. });
+                    prop_assert!(damaged);
+                    prop_assert_eq!(fs::read(&path).unwrap(), bytes, "a refused file is left as it is");
+                }
+            }
+        }
+    }
+}
