@@ -1,7 +1,7 @@
 //! What each EC2 instance type can carry, as data: the table behind `DescribeInstanceTypes`.
 //!
-//! Source: `ipamd/core/data/instance-types.tsv`, whose heading names its origin. The table ages as AWS adds types, so a type
-//! that is not in it is no error here: the caller asks EC2 instead.
+//! Source: `ipamd/core/data/instance-types.tsv`, whose heading names its origin. The table ages as AWS adds types, so
+//! a type that is not in it is no error here: the caller asks EC2 instead.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;

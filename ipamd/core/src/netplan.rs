@@ -11,7 +11,9 @@ use crate::ids::{EniId, MacAddress, RouteTable};
 
 /// Rule priorities, shared with the add-on so that both layouts can stand side by side during a take-over.
 pub mod priority {
-    /// `lookup main suppress_prefixlength 31`: finds every pod's /32 with one rule.
+    /// `lookup main suppress_prefixlength 31 suppress_ifgroup default`: finds every pod's /32 with one rule. The host ends
+    /// of pods are in a link group of their own, because main holds /32 routes that are not pods' too: DHCP clients add
+    /// one per DNS server, by the primary ENI, and a pod of another ENI must not take it.
     pub const TO_PODS: u32 = 512;
     /// `fwmark 0x80/0x80 lookup main`: what leaves by the primary ENI because it is, or was, translated there.
     pub const TO_PRIMARY: u32 = 1024;

@@ -153,7 +153,8 @@ pub struct EniView {
     pub subnet: SubnetId,
     /// Known to IMDS; EC2 shows only the subnet's id, so `None` there.
     pub subnet_cidr: Option<Ipv4Net>,
-    /// The ENI's own address, never given to a pod.
+    /// The ENI's own address, never given to a pod; 0.0.0.0 for an ENI without IPv4 (EFA-only, IPv6-only), which still
+    /// takes a device index.
     pub primary_ipv4: Ipv4Addr,
     /// What each further slot holds: /32 secondary addresses and /28 prefixes.
     pub slots: BTreeSet<IpNet>,
@@ -211,7 +212,7 @@ pub struct SubnetView {
 pub struct CloudError {
     pub kind: CloudErrorKind,
     pub action: String,
-    /// EC2's error code, or `Timeout`, `Connection`, `Malformed` where no code arrived.
+    /// EC2's error code, or `Timeout`, `Connection`, `Malformed`, `Credentials` where no code arrived.
     pub code: String,
     pub message: String,
     pub request_id: Option<String>,
@@ -252,7 +253,9 @@ impl CloudErrorKind {
     pub fn classify(action: &str, code: &str, message: &str) -> Self {
         let text = message.to_ascii_lowercase();
         match code {
-            "RequestLimitExceeded" | "Throttling" | "ThrottlingException" | "SlowDown" => Self::Throttled,
+            "RequestLimitExceeded" | "Throttling" | "ThrottlingException" | "SlowDown" | "EC2ThrottledException" => {
+                Self::Throttled
+            }
             "InsufficientFreeAddressesInSubnet" => Self::SubnetEmpty,
             "InsufficientCidrBlocks" => Self::Fragmented,
             "InvalidParameterValue" if text.contains("sufficient free ipv4") => Self::Fragmented,
@@ -260,22 +263,33 @@ impl CloudErrorKind {
                 Self::DeviceTaken
             }
             "InvalidParameterValue" if text.contains("currently in use") => Self::Busy,
-            "InvalidParameterValue" if text.contains("are not assigned to interface") => Self::NotFound,
+            "InvalidParameterValue" if action.starts_with("Unassign") && text.contains("are not assigned to interface") => {
+                Self::NotFound
+            }
             "PrivateIpAddressLimitExceeded" | "InvalidInterface.IpAddressLimitExceeded" => Self::EniFull,
             "AttachmentLimitExceeded" => Self::InstanceFull,
             "NetworkInterfaceLimitExceeded" => Self::AccountFull,
             "InvalidNetworkInterface.InUse" | "IncorrectState" | "IncorrectInstanceState" => Self::Busy,
-            "UnauthorizedOperation" | "AccessDenied" | "AuthFailure" | "Blocked" => Self::Denied,
+            _ if text.contains("is not 'running'") => Self::Busy,
+            "UnauthorizedOperation" | "AccessDenied" | "AccessDeniedException" | "AuthFailure" | "Blocked"
+            | "InvalidClientTokenId" | "SignatureDoesNotMatch" | "OptInRequired" => Self::Denied,
             "RequestExpired" | "ExpiredToken" => Self::Transient,
-            "OperationNotPermitted" if action.starts_with("Describe") => Self::Invalid,
             _ if code.ends_with(".NotFound") => Self::NotFound,
             _ if code.ends_with(".Malformed") => Self::Invalid,
             "InvalidParameterValue"
             | "InvalidParameterCombination"
+            | "InvalidParameter"
+            | "InvalidInstanceType"
             | "MissingParameter"
+            | "UnknownParameter"
+            | "ValidationError"
+            | "InvalidAction"
             | "OperationNotPermitted"
             | "UnsupportedOperation"
             | "IdempotentParameterMismatch"
+            | "FilterLimitExceeded"
+            | "TagLimitExceeded"
+            | "DryRunOperation"
             | "Unsupported" => Self::Invalid,
             _ => Self::Transient,
         }
@@ -337,7 +351,14 @@ mod tests {
             ),
             ("DeleteNetworkInterface", "InvalidParameterValue", "…'eni-1' is currently in use.", K::Busy),
             ("DeleteNetworkInterface", "InvalidNetworkInterfaceID.NotFound", "", K::NotFound),
+            ("AttachNetworkInterface", "IncorrectState", "Instance 'i-1' is not 'running'.", K::Busy),
+            ("AttachNetworkInterface", "InvalidParameterValue", "Instance 'i-1' is not 'running'.", K::Busy),
+            ("DescribeInstanceTypes", "InvalidInstanceType", "", K::Invalid),
+            ("DescribeNetworkInterfaces", "OperationNotPermitted", "", K::Invalid),
+            ("DescribeNetworkInterfaces", "InvalidPaginationToken", "", K::Transient),
+            ("CreateNetworkInterface", "InvalidSubnetID.Malformed", "", K::Invalid),
             ("UnassignPrivateIpAddresses", "UnauthorizedOperation", "", K::Denied),
+            ("UnassignPrivateIpAddresses", "ExpiredToken", "", K::Transient),
             ("UnassignPrivateIpAddresses", "SomethingNew", "", K::Transient),
         ];
         for (action, code, message, kind) in table {

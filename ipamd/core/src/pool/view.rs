@@ -28,6 +28,8 @@ pub enum Reason {
     InstanceLimit,
     CloudUnavailable,
     ProvisioningDisabled,
+    /// The journal could not be written, so nothing was promised.
+    Ledger,
 }
 
 impl fmt::Display for Reason {
@@ -44,6 +46,7 @@ impl fmt::Display for Reason {
             Self::InstanceLimit => "instance_limit",
             Self::CloudUnavailable => "cloud_unavailable",
             Self::ProvisioningDisabled => "provisioning_disabled",
+            Self::Ledger => "ledger",
         })
     }
 }

@@ -1,0 +1,367 @@
+//! One rule, written as the conditions it has and what it does, in order.
+
+use std::hash::{Hash, Hasher};
+use std::net::Ipv4Addr;
+
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::nftables::{
+    Bitwise, Cmp, DataAttribute, Expressions, Immediate, Lookup, Meta, MetaKey, Operator, Payload, Register, Verdict,
+    VerdictAttribute,
+};
+
+/// Where everything is loaded; no rule here needs two values at once.
+const REGISTER: Register = Register::Reg1;
+
+const IFNAMSIZ: usize = 16;
+const NETWORK_HEADER: u32 = 1;
+const SOURCE_OFFSET: u32 = 12;
+const DESTINATION_OFFSET: u32 = 16;
+const ADDRESS_BYTES: u32 = 4;
+const LOOKUP_INVERTED: u32 = 1;
+const NF_DROP: u32 = 0;
+const NF_ACCEPT: u32 = 1;
+
+/// How a translation chooses the source port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Ports {
+    /// The original one where it is free.
+    Keep,
+    Random,
+    FullyRandom,
+}
+
+/// Conditions and actions, in the order they are written: the first condition that fails ends the rule.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rule {
+    pub(super) expressions: Vec<Expressions>,
+    pub(super) comment: Option<String>,
+}
+
+// The expressions are a foreign type without Hash; equal rules print the same.
+impl Hash for Rule {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        format!("{self:?}").hash(state);
+    }
+}
+
+/// Conditions.
+impl Rule {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The packet came in by this link.
+    pub fn iifname(self, name: &str) -> Self {
+        self.meta(MetaKey::Iifname).compare(Operator::Equal, interface(name))
+    }
+
+    /// The packet came in by a link whose name starts with this.
+    pub fn iifname_prefix(self, prefix: &str) -> Self {
+        self.meta(MetaKey::Iifname).compare(Operator::Equal, prefix.as_bytes().to_vec())
+    }
+
+    pub fn iifname_prefix_not(self, prefix: &str) -> Self {
+        self.meta(MetaKey::Iifname).compare(Operator::NotEqual, prefix.as_bytes().to_vec())
+    }
+
+    /// The packet leaves by this link.
+    pub fn oifname(self, name: &str) -> Self {
+        self.meta(MetaKey::Oifname).compare(Operator::Equal, interface(name))
+    }
+
+    pub fn oifname_prefix_not(self, prefix: &str) -> Self {
+        self.meta(MetaKey::Oifname).compare(Operator::NotEqual, prefix.as_bytes().to_vec())
+    }
+
+    pub fn source(self, address: Ipv4Addr) -> Self {
+        self.payload(SOURCE_OFFSET).compare(Operator::Equal, address.octets().to_vec())
+    }
+
+    pub fn destination(self, address: Ipv4Addr) -> Self {
+        self.payload(DESTINATION_OFFSET).compare(Operator::Equal, address.octets().to_vec())
+    }
+
+    pub fn source_in(self, set: &str) -> Self {
+        self.payload(SOURCE_OFFSET).look_up(set, 0)
+    }
+
+    pub fn source_not_in(self, set: &str) -> Self {
+        self.payload(SOURCE_OFFSET).look_up(set, LOOKUP_INVERTED)
+    }
+
+    pub fn destination_in(self, set: &str) -> Self {
+        self.payload(DESTINATION_OFFSET).look_up(set, 0)
+    }
+
+    pub fn destination_not_in(self, set: &str) -> Self {
+        self.payload(DESTINATION_OFFSET).look_up(set, LOOKUP_INVERTED)
+    }
+
+    /// The destination is an address of this host.
+    pub fn destination_local(self) -> Self {
+        self.destination_type().compare(Operator::Equal, fib::LOCAL.to_ne_bytes().to_vec())
+    }
+
+    pub fn destination_not_local(self) -> Self {
+        self.destination_type().compare(Operator::NotEqual, fib::LOCAL.to_ne_bytes().to_vec())
+    }
+
+    /// The source is not routed to the link the packet came in by: it is not assigned there.
+    pub fn fib_source_not_by_input(self) -> Self {
+        self.fib(fib::SOURCE | fib::INPUT | fib::PRESENT, fib::RESULT_LINK).compare(Operator::Equal, vec![0])
+    }
+
+    /// All of these bits of the packet's mark are set.
+    pub fn mark_has(self, bits: u32) -> Self {
+        self.meta(MetaKey::Mark).bits(bits, 0).compare(Operator::Equal, bits.to_ne_bytes().to_vec())
+    }
+
+    /// All of these bits of the connection's mark are set.
+    pub fn ct_mark_has(self, bits: u32) -> Self {
+        self.ct(ct::MARK).bits(bits, 0).compare(Operator::Equal, bits.to_ne_bytes().to_vec())
+    }
+
+    /// The packet is the very first of its connection.
+    pub fn ct_unconfirmed(self) -> Self {
+        self.ct(ct::STATUS).bits(ct::CONFIRMED, 0).compare(Operator::Equal, 0u32.to_ne_bytes().to_vec())
+    }
+}
+
+/// Actions.
+impl Rule {
+    /// Counts packets and bytes that come this far.
+    pub fn counter(self) -> Self {
+        self.other("counter", Vec::new())
+    }
+
+    /// Sets these bits of the packet's mark, leaving the others.
+    pub fn mark_set(self, bits: u32) -> Self {
+        self.mark_replace(bits, bits)
+    }
+
+    /// Writes `value` under `mask` in the packet's mark, leaving the other bits.
+    pub fn mark_replace(self, mask: u32, value: u32) -> Self {
+        let mut rule = self.meta(MetaKey::Mark).bits(!mask, value & mask);
+        rule.expressions.push(Expressions::Meta(vec![Meta::Key(MetaKey::Mark), Meta::SourceRegister(REGISTER)]));
+        rule
+    }
+
+    /// Sets these bits of the connection's mark, leaving the others.
+    pub fn ct_mark_set(self, bits: u32) -> Self {
+        self.ct(ct::MARK)
+            .bits(!bits, bits)
+            .other("ct", vec![be32(ct::ATTRIBUTE_KEY, ct::MARK), be32(ct::ATTRIBUTE_SOURCE, REGISTER.into())])
+    }
+
+    pub fn accept(self) -> Self {
+        self.verdict(Verdict::Other(NF_ACCEPT), None)
+    }
+
+    pub fn drop(self) -> Self {
+        self.verdict(Verdict::Other(NF_DROP), None)
+    }
+
+    /// Goes on in another chain, without coming back.
+    pub fn goto(self, chain: &str) -> Self {
+        self.verdict(Verdict::Goto, Some(chain))
+    }
+
+    /// Goes on in the chain that a map has for the source address; nothing happens to a source that it lacks.
+    pub fn goto_by_source(mut self, map: &str) -> Self {
+        self = self.payload(SOURCE_OFFSET);
+        self.expressions.push(Expressions::Lookup(vec![
+            Lookup::Set(map.to_owned()),
+            Lookup::SourceRegister(REGISTER),
+            Lookup::DestinationRegister(Register::Verdict),
+        ]));
+        self
+    }
+
+    /// Gives the connection this source address.
+    pub fn snat(self, address: Ipv4Addr, ports: Ports) -> Self {
+        self.load(address.octets().to_vec()).nat(nat::SOURCE, ports)
+    }
+
+    /// Gives the connection this destination address.
+    pub fn dnat(self, address: Ipv4Addr) -> Self {
+        self.load(address.octets().to_vec()).nat(nat::DESTINATION, Ports::Keep)
+    }
+
+    /// Gives the connection the source that a map has for its source; nothing happens to one that it lacks.
+    pub fn snat_by_source(self, map: &str) -> Self {
+        self.payload(SOURCE_OFFSET).translate(map).nat(nat::SOURCE, Ports::Keep)
+    }
+
+    /// Gives the connection the destination that a map has for its destination.
+    pub fn dnat_by_destination(self, map: &str) -> Self {
+        self.payload(DESTINATION_OFFSET).translate(map).nat(nat::DESTINATION, Ports::Keep)
+    }
+
+    /// A note that `nft list ruleset` shows beside the rule.
+    pub fn comment(mut self, text: impl Into<String>) -> Self {
+        self.comment = Some(text.into());
+        self
+    }
+}
+
+impl Rule {
+    fn meta(mut self, key: MetaKey) -> Self {
+        self.expressions.push(Expressions::Meta(vec![Meta::Key(key), Meta::DestinationRegister(REGISTER)]));
+        self
+    }
+
+    fn payload(mut self, offset: u32) -> Self {
+        self.expressions.push(Expressions::Payload(vec![
+            Payload::DestinationRegister(REGISTER),
+            Payload::Base(NETWORK_HEADER),
+            Payload::Offset(offset),
+            Payload::Len(ADDRESS_BYTES),
+        ]));
+        self
+    }
+
+    fn compare(mut self, operator: Operator, value: Vec<u8>) -> Self {
+        self.expressions.push(Expressions::Cmp(vec![
+            Cmp::SourceRegister(REGISTER),
+            Cmp::Op(operator),
+            Cmp::Data(DataAttribute::Value(value)),
+        ]));
+        self
+    }
+
+    fn look_up(mut self, set: &str, flags: u32) -> Self {
+        self.expressions.push(Expressions::Lookup(vec![
+            Lookup::Set(set.to_owned()),
+            Lookup::SourceRegister(REGISTER),
+            Lookup::Flags(flags),
+        ]));
+        self
+    }
+
+    /// Replaces what is loaded by what a map has for it.
+    fn translate(mut self, map: &str) -> Self {
+        self.expressions.push(Expressions::Lookup(vec![
+            Lookup::Set(map.to_owned()),
+            Lookup::SourceRegister(REGISTER),
+            Lookup::DestinationRegister(REGISTER),
+        ]));
+        self
+    }
+
+    /// (loaded & keep) ^ flip
+    fn bits(mut self, keep: u32, flip: u32) -> Self {
+        self.expressions.push(Expressions::Bitwise(vec![
+            Bitwise::SourceRegister(REGISTER),
+            Bitwise::DestinationRegister(REGISTER),
+            Bitwise::Length(4),
+            Bitwise::Mask(DataAttribute::Value(keep.to_ne_bytes().to_vec())),
+            Bitwise::Xor(DataAttribute::Value(flip.to_ne_bytes().to_vec())),
+        ]));
+        self
+    }
+
+    fn load(mut self, value: Vec<u8>) -> Self {
+        self.expressions.push(Expressions::Immediate(vec![
+            Immediate::DestinationRegister(REGISTER),
+            Immediate::Data(DataAttribute::Value(value)),
+        ]));
+        self
+    }
+
+    fn verdict(mut self, verdict: Verdict, chain: Option<&str>) -> Self {
+        let mut attributes = vec![VerdictAttribute::Code(verdict)];
+        attributes.extend(chain.map(|chain| VerdictAttribute::Chain(chain.to_owned())));
+        self.expressions.push(Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Verdict),
+            Immediate::Data(DataAttribute::Verdict(attributes)),
+        ]));
+        self
+    }
+
+    fn ct(self, key: u32) -> Self {
+        self.other("ct", vec![be32(ct::ATTRIBUTE_KEY, key), be32(ct::ATTRIBUTE_DESTINATION, REGISTER.into())])
+    }
+
+    fn destination_type(self) -> Self {
+        self.fib(fib::DESTINATION, fib::RESULT_TYPE)
+    }
+
+    fn fib(self, flags: u32, result: u32) -> Self {
+        self.other(
+            "fib",
+            vec![
+                be32(fib::ATTRIBUTE_DESTINATION, REGISTER.into()),
+                be32(fib::ATTRIBUTE_RESULT, result),
+                be32(fib::ATTRIBUTE_FLAGS, flags),
+            ],
+        )
+    }
+
+    fn nat(self, kind: u32, ports: Ports) -> Self {
+        let mut attributes = vec![
+            be32(nat::ATTRIBUTE_KIND, kind),
+            be32(nat::ATTRIBUTE_FAMILY, nat::FAMILY_IPV4),
+            be32(nat::ATTRIBUTE_ADDRESS, REGISTER.into()),
+        ];
+        match ports {
+            Ports::Keep => {}
+            Ports::Random => attributes.push(be32(nat::ATTRIBUTE_FLAGS, nat::RANDOM)),
+            Ports::FullyRandom => attributes.push(be32(nat::ATTRIBUTE_FLAGS, nat::FULLY_RANDOM)),
+        }
+        self.other("nat", attributes)
+    }
+
+    /// Expressions that netlink-packet-netfilter has no type for.
+    fn other(mut self, name: &str, attributes: Vec<DefaultNla>) -> Self {
+        self.expressions.push(Expressions::Other { expression_type: name.to_owned(), attributes });
+        self
+    }
+}
+
+fn be32(kind: u16, value: u32) -> DefaultNla {
+    DefaultNla::new(kind, value.to_be_bytes().to_vec())
+}
+
+fn interface(name: &str) -> Vec<u8> {
+    let mut bytes = name.as_bytes().to_vec();
+    bytes.resize(IFNAMSIZ, 0);
+    bytes
+}
+
+// Numbers of include/uapi/linux/netfilter/nf_tables.h and its neighbours.
+
+mod ct {
+    pub const ATTRIBUTE_DESTINATION: u16 = 1;
+    pub const ATTRIBUTE_KEY: u16 = 2;
+    pub const ATTRIBUTE_SOURCE: u16 = 4;
+    pub const STATUS: u32 = 2;
+    pub const MARK: u32 = 3;
+    /// IPS_CONFIRMED: the first packet has passed the last hook.
+    pub const CONFIRMED: u32 = 1 << 3;
+}
+
+mod fib {
+    pub const ATTRIBUTE_DESTINATION: u16 = 1;
+    pub const ATTRIBUTE_RESULT: u16 = 2;
+    pub const ATTRIBUTE_FLAGS: u16 = 3;
+    pub const SOURCE: u32 = 1 << 0;
+    pub const DESTINATION: u32 = 1 << 1;
+    pub const INPUT: u32 = 1 << 3;
+    pub const PRESENT: u32 = 1 << 5;
+    pub const RESULT_LINK: u32 = 1;
+    pub const RESULT_TYPE: u32 = 3;
+    /// RTN_LOCAL.
+    pub const LOCAL: u32 = 2;
+}
+
+mod nat {
+    pub const ATTRIBUTE_KIND: u16 = 1;
+    pub const ATTRIBUTE_FAMILY: u16 = 2;
+    pub const ATTRIBUTE_ADDRESS: u16 = 3;
+    pub const ATTRIBUTE_FLAGS: u16 = 7;
+    pub const SOURCE: u32 = 0;
+    pub const DESTINATION: u32 = 1;
+    pub const FAMILY_IPV4: u32 = 2;
+    pub const RANDOM: u32 = 1 << 2;
+    pub const FULLY_RANDOM: u32 = 1 << 4;
+}

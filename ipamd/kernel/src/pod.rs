@@ -1,0 +1,341 @@
+//! One pod's wiring: made whole or not at all, and taken down whatever is left of it.
+//!
+//! Making it costs one message for the veth pair, whose pod end is born inside the pod's namespace, one datagram for the
+//! pod side and one for the host side. Nothing is listed and nothing is executed.
+//!
+//! ```text
+//! pod:  eth0 up, <pod>/32; 169.254.1.1/32 scope link; default via 169.254.1.1; neighbour 169.254.1.1 -> host end
+//! host: eni… up;           <pod>/32 scope link, table main
+//! ```
+//!
+//! Invariant: a late DEL of a dead sandbox never touches the live one that now has its name or its address. Taking down
+//! therefore asks, of the link and of each address, whether it is still this sandbox's (test
+//! `a_late_del_leaves_the_next_sandbox_alone`).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+use flatwire_core::ids::{MacAddress, RouteTable};
+use flatwire_core::netplan::priority;
+use ipnet::IpNet;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
+use nix::errno::Errno;
+
+pub use crate::check::{Expected, check};
+pub use crate::naming::host_if_name;
+
+use crate::address::{add_address, add_neighbour};
+use crate::error::KernelError;
+use crate::link::{Link, POD_GROUP, VethEnd, check_name, delete_link, first_link, get_link, new_veth, set_up};
+use crate::naming::mac;
+use crate::netlink::{Netlink, RouteRequest};
+use crate::netns::{Netns, in_netns};
+use crate::route::{Route, add_route, delete_route, first_route, match_route, replace_route};
+use crate::rule::{Rule, add_rule, delete_rule_of};
+use crate::sysctl;
+
+/// The add-on may have left several source rules for one address; more than this is somebody else's doing.
+const MAX_RULES_PER_ADDRESS: u32 = 16;
+
+/// What one interface of one pod shall be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodWiring {
+    pub netns: PathBuf,
+    /// Name inside the pod, CNI_IFNAME.
+    pub pod_if: String,
+    /// Name on the node, from `host_if_name`.
+    pub host_if: String,
+    /// In bytes.
+    pub mtu: u32,
+    pub address: IpAddr,
+    /// Which interface of the pod this is: i gives the gateway 169.254.1.(i+1), and, above 0, routes in table i.
+    pub gateway_index: u8,
+    /// Identity of the sandbox; both MACs are derived from it.
+    pub seed: String,
+}
+
+/// The MACs of a wired pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wired {
+    pub host_mac: MacAddress,
+    pub pod_mac: MacAddress,
+}
+
+/// What is known of a pod's interface when it goes. All of it may be gone already, or belong to somebody else by now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodUnwiring {
+    pub netns: Option<PathBuf>,
+    pub pod_if: String,
+    pub host_if: String,
+    pub addresses: Vec<IpAddr>,
+}
+
+impl PodWiring {
+    /// The MACs that `wire` gives.
+    pub fn macs(&self) -> Wired {
+        Wired { host_mac: mac(&self.seed, "host"), pod_mac: mac(&self.seed, "pod") }
+    }
+
+    /// The address the pod sends to: link-local, the same for every pod, answered by nobody but the neighbour entry.
+    pub(crate) fn gateway(&self) -> IpAddr {
+        match self.address {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::new(169, 254, 1, self.gateway_index.saturating_add(1))),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, u16::from(self.gateway_index) + 1)),
+        }
+    }
+
+    /// The table, in the pod, of this interface's routes.
+    pub(crate) fn pod_table(&self) -> u32 {
+        match self.gateway_index {
+            0 => RouteTable::MAIN.0,
+            further => u32::from(further),
+        }
+    }
+
+    /// The rule, in the pod, that leads to `pod_table`; a pod's first interface needs none.
+    pub(crate) fn pod_rule(&self) -> Option<Rule> {
+        const BEFORE_MAIN: u32 = 1;
+        (self.gateway_index > 0).then(|| Rule::lookup(BEFORE_MAIN, self.pod_table()).from(IpNet::from(self.address)))
+    }
+
+    fn check(&self) -> Result<(), KernelError> {
+        check_name(&self.pod_if)?;
+        check_name(&self.host_if)?;
+        let address = self.address;
+        if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast(address) {
+            return Err(KernelError::BadInput {
+                what: format!("pod address {address}"),
+                why: "it is not a unicast address of a network",
+            });
+        }
+        Ok(())
+    }
+}
+
+fn is_broadcast(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V4(v4) if v4.is_broadcast())
+}
+
+/// Wires a pod. If any step fails, what was made is removed before the error returns. Needs a tokio runtime with I/O and
+/// time enabled.
+pub async fn wire(wiring: &PodWiring) -> Result<Wired, KernelError> {
+    wiring.check()?;
+    let netns = Netns::open(&wiring.netns)?;
+    if netns.id()? == Netns::current()?.id()? {
+        return Err(KernelError::BadInput {
+            what: format!("network namespace {}", wiring.netns.display()),
+            why: "it is the node's own",
+        });
+    }
+    let host = Netlink::open()?;
+    let pod = Netlink::in_namespace(&netns)?;
+    let link = create(&host, &pod, wiring, &netns).await?;
+    match configure(&host, &pod, wiring, &netns, &link).await {
+        Ok(()) => Ok(wiring.macs()),
+        Err(e) => {
+            // With its link go the pod's end, its addresses and every route. The first error is the one to tell.
+            let _ = host.one(delete_link(link.index, &link.name)).await;
+            Err(e)
+        }
+    }
+}
+
+/// Makes the pair and returns its host end.
+async fn create(host: &Netlink, pod: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<Link, KernelError> {
+    match try_create(host, wiring, netns).await {
+        Err(e) if e.errno() == Some(Errno::EEXIST) => {
+            make_room(host, pod, wiring).await?;
+            try_create(host, wiring, netns).await
+        }
+        made => made,
+    }
+}
+
+async fn try_create(host: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<Link, KernelError> {
+    let macs = wiring.macs();
+    let host_end = VethEnd::new(&wiring.host_if).mac(macs.host_mac).mtu(wiring.mtu).group(POD_GROUP);
+    let pod_end = VethEnd::new(&wiring.pod_if).mac(macs.pod_mac).mtu(wiring.mtu).in_netns(netns);
+    let answers = host.all(vec![new_veth(&host_end, &pod_end), get_link(&wiring.host_if)]).await?;
+    let link = answers.last().and_then(|messages| first_link(messages));
+    link.ok_or_else(|| KernelError::NoSuchLink { name: wiring.host_if.clone() })
+}
+
+/// One of the two names is taken. A veth of our host name that leads into another namespace is left from an earlier
+/// sandbox of the same pod, and goes; anything else stays, and is named.
+async fn make_room(host: &Netlink, pod: &Netlink, wiring: &PodWiring) -> Result<(), KernelError> {
+    if pod.link(&wiring.pod_if).await?.is_some() {
+        return Err(KernelError::PodInterfaceTaken { name: wiring.pod_if.clone(), netns: wiring.netns.clone() });
+    }
+    let Some(link) = host.link(&wiring.host_if).await? else { return Ok(()) };
+    if link.is_veth() && link.peer_netns.is_some() {
+        return host.delete_link(&wiring.host_if).await;
+    }
+    let kind = match &link.kind {
+        Some(kind) if link.is_veth() => format!("{kind} with both ends on the node"),
+        Some(kind) => kind.clone(),
+        None => "a device".to_owned(),
+    };
+    Err(KernelError::HostInterfaceTaken { name: wiring.host_if.clone(), kind })
+}
+
+async fn configure(
+    host: &Netlink,
+    pod: &Netlink,
+    wiring: &PodWiring,
+    netns: &Netns,
+    link: &Link,
+) -> Result<(), KernelError> {
+    let pod_link = link.peer.ok_or_else(|| KernelError::NoSuchLink { name: wiring.pod_if.clone() })?;
+    // Before the link is up, or the kernel would already have listened to a pod's router advertisements.
+    for (name, value) in [("accept_ra", "0"), ("accept_redirects", "1"), ("forwarding", "0")] {
+        sysctl::set(&format!("net/ipv6/conf/{}/{name}", wiring.host_if), value)?;
+    }
+    if wiring.address.is_ipv6() {
+        enable_ipv6(netns, &wiring.pod_if)?;
+    }
+    pod.all(pod_side(wiring, pod_link)).await?;
+    let route = Route::to_host(wiring.address).link(link.index);
+    host.all(vec![set_up(link.index, &wiring.host_if), replace_route(&route)]).await?;
+    // The end that came up first, without a carrier, sends nothing until the kernel's link watch has run, up to a second
+    // later. Asking for the link makes it run at once (kernels from 6.8 on), so that no first packet is lost.
+    pod.one(get_link(&wiring.pod_if)).await?;
+    Ok(())
+}
+
+fn pod_side(wiring: &PodWiring, link: u32) -> Vec<RouteRequest> {
+    let (gateway, table) = (wiring.gateway(), wiring.pod_table());
+    let mut requests = vec![
+        set_up(link, &wiring.pod_if),
+        add_address(link, &wiring.pod_if, IpNet::from(wiring.address), true),
+        add_route(&Route::to_host(gateway).table(table).link(link)),
+        add_route(&Route::default_via(gateway).table(table).link(link)),
+    ];
+    requests.extend(wiring.pod_rule().map(|rule| add_rule(&rule)));
+    requests.push(add_neighbour(link, &wiring.pod_if, gateway, wiring.macs().host_mac));
+    requests
+}
+
+/// Runtimes may start a sandbox with IPv6 switched off.
+fn enable_ipv6(netns: &Netns, pod_if: &str) -> Result<(), KernelError> {
+    let keys = [format!("net/ipv6/conf/{pod_if}/disable_ipv6"), "net/ipv6/conf/lo/disable_ipv6".to_owned()];
+    in_netns(netns, || Ok(keys.iter().try_for_each(|key| sysctl::set(key, "0").map(drop))))
+        .map_err(|source| KernelError::Netns { operation: "enter", path: netns.path().to_owned(), source })?
+}
+
+/// Takes down what is left of a pod's wiring. Absent means done; every step is tried, and all errors are told.
+pub async fn unwire(unwiring: &PodUnwiring) -> Result<(), KernelError> {
+    let netns = match unwiring.netns.as_ref().map(Netns::open) {
+        Some(Err(e)) if !e.is_absent() => return Err(e),
+        opened => opened.and_then(Result::ok),
+    };
+    let host = Netlink::open()?;
+    let found = look(&host, unwiring, netns.as_ref()).await?;
+
+    let mut requests = Vec::new();
+    for address in &found.ours {
+        if let Some(link) = &found.link {
+            requests.push(delete_route(&Route::to_host(*address).link(link.index)));
+        }
+        // Left by the add-on where this pod is older than the take-over.
+        requests.push(delete_rule_of(priority::TO_PODS, None, Some(*address)));
+        requests.push(delete_rule_of(priority::FROM_PODS, Some(*address), None));
+    }
+    requests.extend(found.link.as_ref().map(|link| delete_link(link.index, &link.name)));
+
+    let mut errors = Vec::new();
+    if !requests.is_empty() {
+        let outcomes = host.batch(requests).await?;
+        errors.extend(outcomes.into_iter().filter_map(Result::err).filter(|e| !e.is_absent()));
+    }
+    for address in &found.ours {
+        if let Err(e) = delete_further_rules(&host, *address).await {
+            errors.push(e);
+        }
+    }
+    if let (None, Some(netns)) = (&found.link, &netns)
+        && let Err(e) = delete_pod_end(netns, &unwiring.pod_if).await
+    {
+        errors.push(e);
+    }
+    KernelError::collect(format!("take down interface {} of a pod", unwiring.host_if), errors)
+}
+
+/// What of the wiring is there and is this sandbox's.
+struct Found {
+    link: Option<Link>,
+    /// Addresses that no other link holds.
+    ours: Vec<IpAddr>,
+}
+
+async fn look(host: &Netlink, unwiring: &PodUnwiring, netns: Option<&Netns>) -> Result<Found, KernelError> {
+    let mut requests = Vec::new();
+    requests.push(get_link(&unwiring.host_if));
+    requests.push(get_nsid(netns));
+    requests.extend(unwiring.addresses.iter().map(|address| match_route(*address)));
+    let mut outcomes = host.batch(requests).await?.into_iter();
+    let named = match outcomes.next().unwrap_or_else(|| Ok(Vec::new())) {
+        Err(e) if !e.is_absent() => return Err(e),
+        answers => first_link(&answers.unwrap_or_default()).filter(Link::is_veth),
+    };
+    // A namespace without a number and an address without a route are both answered with an error.
+    let mut answer = || outcomes.next().and_then(Result::ok).unwrap_or_default();
+    let nsid = parse_nsid(&answer()).filter(|_| netns.is_some());
+    // Only a route to this very address counts, and not the default route.
+    let routes: Vec<(IpAddr, Option<u32>)> = unwiring
+        .addresses
+        .iter()
+        .map(|address| {
+            let route = first_route(&answer()).filter(|route| route.destination == IpNet::from(*address));
+            (*address, route.and_then(|route| route.link))
+        })
+        .collect();
+
+    // The name alone proves nothing: the pod's next sandbox has the same.
+    let link = named.filter(|link| {
+        let into_our_namespace = nsid.is_some() && link.peer_netns == nsid;
+        into_our_namespace || routes.iter().any(|(_, by)| *by == Some(link.index))
+    });
+    let index = link.as_ref().map(|link| link.index);
+    let ours = routes.iter().filter(|(_, by)| by.is_none() || *by == index).map(|(address, _)| *address).collect();
+    Ok(Found { link, ours })
+}
+
+/// Asks for the number by which the host's namespace knows another one.
+fn get_nsid(netns: Option<&Netns>) -> RouteRequest {
+    let mut message = NsidMessage::default();
+    let fd = netns.and_then(|netns| u32::try_from(netns.as_raw_fd()).ok());
+    message.attributes.extend(fd.map(NsidAttribute::Fd));
+    RouteRequest::new("look up the namespace's number", RouteNetlinkMessage::GetNsId(message), 0)
+}
+
+fn parse_nsid(messages: &[RouteNetlinkMessage]) -> Option<i32> {
+    messages.iter().find_map(|message| match message {
+        RouteNetlinkMessage::NewNsId(message) => message.attributes.iter().find_map(|attribute| match attribute {
+            NsidAttribute::Id(id) if *id >= 0 => Some(*id),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+async fn delete_further_rules(host: &Netlink, address: IpAddr) -> Result<(), KernelError> {
+    for _ in 0..MAX_RULES_PER_ADDRESS {
+        match host.one(delete_rule_of(priority::FROM_PODS, Some(address), None)).await {
+            Ok(_) => {}
+            Err(e) if e.is_absent() => return Ok(()),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// The host end is not where its name says, but the pod may still have its own.
+async fn delete_pod_end(netns: &Netns, pod_if: &str) -> Result<(), KernelError> {
+    let pod = Netlink::in_namespace(netns)?;
+    match pod.link(pod_if).await? {
+        Some(link) if link.is_veth() => pod.delete_link(pod_if).await,
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,49 @@
+//! Sysctls of the calling thread's network namespace, by file.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+
+use crate::error::KernelError;
+
+/// What became of a wish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sysctl {
+    /// It had the value already.
+    Stood,
+    /// It was given the value.
+    Changed,
+    /// The kernel does not know it.
+    Unknown,
+    /// It may not be written here (a read-only /proc).
+    ReadOnly,
+}
+
+/// `net/ipv4/ip_forward` and the like.
+fn path(key: &str) -> PathBuf {
+    PathBuf::from("/proc/sys").join(key)
+}
+
+/// Gives a sysctl a value, unless it has it. Unknown and read-only ones are reported and not an error.
+pub(crate) fn set(key: &str, value: &str) -> Result<Sysctl, KernelError> {
+    let path = path(key);
+    match fs::read_to_string(&path) {
+        Ok(now) if now.trim_end() == value => return Ok(Sysctl::Stood),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Sysctl::Unknown),
+        // Write-only ones, and whatever else: writing tells.
+        _ => {}
+    }
+    match fs::write(&path, value) {
+        Ok(()) => Ok(Sysctl::Changed),
+        Err(e) => match e.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::ENOENT) => Ok(Sysctl::Unknown),
+            Some(Errno::EROFS) => Ok(Sysctl::ReadOnly),
+            Some(Errno::EPERM | Errno::EACCES) => {
+                Err(KernelError::Denied { operation: format!("write sysctl {key}"), source: e })
+            }
+            _ => Err(KernelError::Sysctl { operation: "write", key: key.to_owned(), source: e }),
+        },
+    }
+}
