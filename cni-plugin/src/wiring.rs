@@ -1,0 +1,140 @@
+//! Between the verbs and `flatwire-kernel`: which namespace may be touched, and what an error there means to the caller.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use flatwire_kernel::pod::{self as kernel, Expected, PodUnwiring, PodWiring};
+use flatwire_kernel::{KernelError, Netlink, Netns};
+use tokio::time::timeout;
+
+use crate::failure::Failure;
+use crate::input::Call;
+use crate::pod::{self, Granted};
+
+/// Deleting a veth waits for a grace period of the kernel, tens of milliseconds; a busy node may take a second.
+pub const UNWIRE: Duration = Duration::from_secs(3);
+/// One question to the kernel.
+pub const LOOK: Duration = Duration::from_secs(1);
+/// Deleting after a failed ADD, where DEL follows anyway.
+pub const UNDO: Duration = Duration::from_millis(1500);
+
+/// One interface to take down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Teardown {
+    pub host_if: String,
+    pub pod_if: String,
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Refuses an ADD whose namespace is missing, is none, or is the one this process runs in.
+pub fn require_sandbox(call: &Call) -> Result<(), Failure> {
+    let path = call.netns.clone().unwrap_or_default();
+    let wrong = |problem: &str| Failure::environment("CNI_NETNS", format!("is {}, which {problem}", path.display()));
+    let same = Netns::open(&path).and_then(|given| Ok(given.id()? == Netns::current()?.id()?));
+    match same {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(wrong("is the namespace of the runtime itself")),
+        Err(KernelError::NetnsMissing { path }) => Err(Failure::SandboxGone { netns: path }),
+        Err(KernelError::NotANetns { .. }) => Err(wrong("is not a network namespace")),
+        Err(source) => Err(Failure::Kernel { verb: "set up", pod: pod::title(call), source }),
+    }
+}
+
+/// Refuses an ADD whose interface name is taken in the sandbox. This has to come before ipamd is asked: when it is a second
+/// ADD of a live attachment, ipamd answers with the address in use, and undoing this ADD would release it.
+pub async fn require_free_name(call: &Call) -> Result<(), Failure> {
+    let netns = call.netns.clone().unwrap_or_default();
+    let look = async { Netlink::in_namespace(&Netns::open(&netns)?)?.link(&call.if_name).await };
+    let refused = |source| Failure::Kernel { verb: "set up", pod: pod::title(call), source };
+    match timeout(LOOK, look).await {
+        Ok(Ok(None)) => Ok(()),
+        Ok(Ok(Some(taken))) => Err(refused(KernelError::PodInterfaceTaken { name: taken.name, netns: netns.clone() })),
+        Ok(Err(source)) => Err(refused(source)),
+        Err(_) => Err(Failure::KernelLate { done: "looked at", pod: pod::title(call), after: LOOK }),
+    }
+}
+
+/// The namespace to look into on DEL. One that is gone is no error; neither is our own, to which a path such as
+/// `/proc/1234/ns/net` leads once the process is gone and its number is in use again. Nothing is touched in either.
+fn sandbox_left(call: &Call) -> Option<PathBuf> {
+    require_sandbox(call).ok().and_then(|()| call.netns.clone())
+}
+
+pub fn wiring_of(call: &Call, granted: &Granted, mtu: u32) -> PodWiring {
+    PodWiring {
+        netns: call.netns.clone().unwrap_or_default(),
+        pod_if: granted.pod_if.clone(),
+        host_if: granted.host_if.clone(),
+        mtu,
+        address: granted.address,
+        gateway_index: granted.gateway_index,
+        // Names one interface of one sandbox: the MACs are derived from it.
+        seed: format!("{}/{}", call.container_id, granted.pod_if),
+    }
+}
+
+/// Wires one interface after the other and counts those that are done.
+pub async fn wire_all(call: &Call, mtu: u32, granted: &[Granted], done: &mut usize) -> Result<(), Failure> {
+    for one in granted {
+        kernel::wire(&wiring_of(call, one, mtu)).await.map_err(|source| Failure::Kernel {
+            verb: "set up",
+            pod: pod::title(call),
+            source,
+        })?;
+        *done += 1;
+    }
+    Ok(())
+}
+
+/// Takes down what a failed ADD has made. Its errors are not told: the first failure is, and DEL follows.
+pub async fn unwire_granted(call: &Call, granted: &[Granted]) {
+    let all = async {
+        for one in granted.iter().rev() {
+            let teardown = PodUnwiring {
+                netns: call.netns.clone(),
+                pod_if: one.pod_if.clone(),
+                host_if: one.host_if.clone(),
+                addresses: vec![one.address],
+            };
+            let _ = kernel::unwire(&teardown).await;
+        }
+    };
+    let _ = timeout(UNDO, all).await;
+}
+
+/// Takes down all interfaces of a pod, the last one first; goes on after an error and tells the first.
+pub async fn tear_down(call: &Call, plan: Vec<Teardown>) -> Result<(), Failure> {
+    let title = pod::title(call);
+    let netns = sandbox_left(call);
+    let all = async {
+        let mut first = None;
+        for one in plan.into_iter().rev() {
+            if let Err(failure) = unwire(&title, netns.clone(), one).await {
+                first.get_or_insert(failure);
+            }
+        }
+        first.map_or(Ok(()), Err)
+    };
+    let late = || Failure::KernelLate { done: "taken down", pod: title.clone(), after: UNWIRE };
+    timeout(UNWIRE, all).await.unwrap_or_else(|_| Err(late()))
+}
+
+pub async fn unwire(title: &str, netns: Option<PathBuf>, teardown: Teardown) -> Result<(), Failure> {
+    let Teardown { host_if, pod_if, addresses } = teardown;
+    let unwiring = PodUnwiring { netns, pod_if, host_if, addresses };
+    let failed = |source| Failure::Kernel { verb: "take down", pod: title.to_owned(), source };
+    kernel::unwire(&unwiring).await.map_err(failed)
+}
+
+/// Compares one interface with what ADD made. MACs are not compared: a pod that the add-on wired has random ones, and a
+/// later plugin of the chain may set its own; that each end knows the other's is compared.
+pub async fn check(call: &Call, expected: &Granted, mtu: u32) -> Result<(), Failure> {
+    let differences = kernel::check(&wiring_of(call, expected, mtu), &Expected::default())
+        .await
+        .map_err(|source| Failure::Kernel { verb: "check", pod: pod::title(call), source })?;
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Difference { what: format!("{}: {}", pod::title(call), differences.join("; ")) })
+}

@@ -1,0 +1,5 @@
+module flatwire/tests/conformance/libcni
+
+go 1.21
+
+require github.com/containernetworking/cni v1.3.0

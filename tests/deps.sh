@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that building and testing need, and says so. Does nothing when they are there.
+#   ip, nft            the independent judges of what the kernel holds (tests only; Flatwire itself executes neither)
+#   cc, make           aws-lc, the TLS library under the AWS SDK, is C
+#   python3-venv       the AWS CLI, boto3, moto and LocalStack run in private virtual environments
+set -euo pipefail
+command -v cargo >/dev/null || { echo "deps: Rust is missing; install it first (rustup, stable 1.95 or later)" >&2; exit 2; }
+need=()
+command -v ip >/dev/null || need+=(iproute2)
+command -v nft >/dev/null || need+=(nftables)
+command -v cc >/dev/null || need+=(build-essential)
+command -v cmake >/dev/null || need+=(cmake)
+command -v python3 >/dev/null || need+=(python3)
+python3 -c 'import ensurepip' 2>/dev/null || need+=(python3-venv)
+[ ${#need[@]} -eq 0 ] && exit 0
+as_root=()
+[ "$(id -u)" = 0 ] || as_root=(sudo)
+echo "deps: installing ${need[*]} with apt-get"
+export DEBIAN_FRONTEND=noninteractive
+"${as_root[@]}" apt-get update -qq
+"${as_root[@]}" apt-get install -y -qq --no-install-recommends "${need[@]}" >/dev/null

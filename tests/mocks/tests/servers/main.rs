@@ -1,0 +1,6 @@
+//! The walk on every server: moto and LocalStack with what they lack, the lab's EC2 with nothing left out.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod lab;
+mod mocks;

@@ -1,0 +1,160 @@
+//! The repository's own rules, held by tests: arrows, invariants, and documents that keep up with the code.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests lies in the root folder").to_owned()
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// Every file of the repository with this ending, by git, so that nothing built is looked at.
+fn files(ending: &str) -> Vec<String> {
+    let output = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root())
+        .output()
+        .expect("git starts");
+    assert!(output.status.success(), "git ls-files failed");
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().filter(|name| name.ends_with(ending)).map(str::to_owned).collect()
+}
+
+/// Packages of ours that each package names outside its dev-dependencies.
+fn arrows() -> BTreeMap<String, BTreeSet<String>> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--no-deps"])
+        .current_dir(root())
+        .output()
+        .expect("cargo starts");
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo metadata is JSON");
+    let packages = metadata["packages"].as_array().expect("packages").clone();
+    let name = |v: &serde_json::Value| v["name"].as_str().expect("a name").to_owned();
+    let ours: BTreeSet<String> = packages.iter().map(name).collect();
+    let interesting = |dep: &String| ours.contains(dep) || dep.starts_with("aws-") || dep == "tokio";
+    packages
+        .iter()
+        .map(|package| {
+            let deps = package["dependencies"].as_array().expect("dependencies").iter();
+            let deps = deps.filter(|dep| dep["kind"].is_null()).map(name).filter(interesting).collect();
+            (name(package), deps)
+        })
+        .collect()
+}
+
+#[test]
+fn arrows_point_to_core() {
+    let arrows = arrows();
+    let allowed: [(&str, &[&str]); 9] = [
+        ("flatwire-core", &[]),
+        ("flatwire-proto", &[]),
+        ("flatwire-store", &["flatwire-core"]),
+        ("flatwire-kernel", &["flatwire-core", "tokio"]),
+        ("flatwire-cloud", &["flatwire-core", "tokio", "aws-"]),
+        ("aws-cni", &["flatwire-core", "flatwire-kernel", "flatwire-proto", "tokio"]),
+        ("lab-ec2", &["flatwire-core", "tokio"]),
+        ("lab", &["flatwire-core", "flatwire-kernel", "lab-ec2", "tokio"]),
+        ("ipamd", &["flatwire-cloud", "flatwire-core", "flatwire-kernel", "flatwire-proto", "flatwire-store", "tokio"]),
+    ];
+    for (package, may) in allowed {
+        let named = arrows.get(package).unwrap_or_else(|| panic!("no package {package}"));
+        for dep in named {
+            let fits = may.iter().any(|m| m == dep || (m.ends_with('-') && dep.starts_with(*m)));
+            assert!(fits, "{package} may not know {dep}");
+        }
+    }
+}
+
+#[test]
+fn only_the_cloud_adapter_knows_the_sdk() {
+    for (package, deps) in arrows() {
+        let sdk = deps.iter().any(|dep| dep.starts_with("aws-sdk") || dep == "aws-config");
+        let may = ["flatwire-cloud", "flatwire-mock-tests"].contains(&package.as_str());
+        assert!(!sdk || may, "{package} names the SDK");
+    }
+    for package in ["aws-cni", "lab", "flatwire-tests"] {
+        let output = Command::new(env!("CARGO"))
+            .args(["tree", "-p", package, "-e", "normal,build,dev", "--prefix", "none"])
+            .current_dir(root())
+            .output()
+            .expect("cargo starts");
+        assert!(output.status.success(), "cargo tree -p {package} failed");
+        let tree = String::from_utf8_lossy(&output.stdout);
+        assert!(!tree.contains("aws-sdk-ec2"), "{package} links the SDK");
+    }
+}
+
+#[test]
+fn every_invariant_names_a_test_that_exists() {
+    let architecture = read("ARCHITECTURE.md");
+    let code: String = files(".rs").iter().map(|file| read(file)).collect();
+    let mut named = 0;
+    for paragraph in architecture.split("* Invariant:").skip(1) {
+        let paragraph = paragraph.split("\n\n").next().unwrap_or_default();
+        let tests: Vec<&str> = paragraph.split('`').skip(1).step_by(2).filter(|t| t.contains('_')).collect();
+        assert!(!tests.is_empty(), "an invariant without a test: {paragraph}");
+        for test in tests {
+            assert!(code.contains(&format!("fn {test}(")), "there is no test {test}");
+            named += 1;
+        }
+    }
+    assert!(named >= 8, "the invariants were not found");
+}
+
+#[test]
+fn every_setting_is_documented_with_its_default() {
+    let page = read("docs/settings.md");
+    for (name, default, _) in flatwire_core::settings::SETTINGS {
+        let row = page.lines().find(|line| line.starts_with(&format!("| `{name}` |")));
+        let row = row.unwrap_or_else(|| panic!("docs/settings.md has no row for {name}"));
+        assert!(default.is_empty() || row.contains(default), "the default of {name} is {default}: {row}");
+    }
+    for piece in read("ipamd/src/config.rs").split("env = \"").skip(1) {
+        let name = piece.split('"').next().unwrap_or_default();
+        assert!(page.contains(&format!("| `{name}` |")), "docs/settings.md has no row for {name}");
+    }
+}
+
+#[test]
+fn every_metric_is_documented() {
+    let page = read("docs/metrics.md");
+    let code = read("ipamd/src/metrics.rs");
+    let names = code.split('"').skip(1).step_by(2);
+    let names: Vec<&str> = names.filter(|n| n.starts_with("awscni_") || n.starts_with("flatwire_")).collect();
+    assert!(names.len() > 15, "the metrics were not found");
+    for name in names {
+        assert!(page.contains(&format!("| `{name}` |")), "docs/metrics.md has no row for {name}");
+    }
+}
+
+/// A link in a document leads somewhere.
+#[test]
+fn links_between_documents_hold() {
+    for file in files(".md") {
+        let folder = root().join(&file).parent().expect("a file is in a folder").to_owned();
+        let text = read(&file);
+        for piece in text.split("](").skip(1) {
+            let target = piece.split([')', '#']).next().unwrap_or_default();
+            if target.is_empty() || target.contains("://") {
+                continue;
+            }
+            assert!(folder.join(target).exists(), "{file} points to {target}, which is not there");
+        }
+    }
+}
+
+/// Unfinished marks, paths of a machine and credentials have no place in what others clone.
+#[test]
+fn nothing_unfinished_and_nothing_of_one_machine() {
+    let marks = ["TO".to_owned() + "DO", "FIX".to_owned() + "ME", "/ro".to_owned() + "ot/", "/wo".to_owned() + "rk/"];
+    for file in [".rs", ".sh", ".md", ".toml", ".py", ".yml", "Makefile"].iter().flat_map(|e| files(e)) {
+        let text = read(&file);
+        for mark in &marks {
+            assert!(!text.contains(mark.as_str()), "{file} contains {mark}");
+        }
+    }
+}
