@@ -1,6 +1,6 @@
 //! The AWS CLI and boto3, unchanged, against the lab's EC2: what nobody here wrote must be able to talk to it.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 
@@ -72,7 +72,9 @@ impl Drop for Lab {
 /// The virtual environment with the CLI and boto3; `None`, said loudly, where there is no network on purpose.
 fn python() -> Option<PathBuf> {
     if std::env::var_os("FLATWIRE_OFFLINE").is_some_and(|value| value == "1") {
-        eprintln!("SKIPPED: FLATWIRE_OFFLINE=1, and the AWS CLI and boto3 come from the network");
+        // Straight to standard error: what a passing test prints in the usual way is not shown.
+        writeln!(std::io::stderr(), "SKIPPED: FLATWIRE_OFFLINE=1, and the AWS CLI and boto3 come from the network")
+            .expect("standard error is open");
         return None;
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("python.sh");
@@ -84,13 +86,15 @@ fn python() -> Option<PathBuf> {
     Some(PathBuf::from(String::from_utf8(output.stdout).expect("a path is text").trim()))
 }
 
+type Environment<'a> = &'a [(&'a str, &'a str)];
+
 struct Cli<'a> {
     lab: &'a Lab,
     program: PathBuf,
 }
 
 impl Cli<'_> {
-    fn run(&self, arguments: &str, more: &[(&str, &str)]) -> Output {
+    fn run(&self, arguments: &str, more: Environment<'_>) -> Output {
         let mut command = self.lab.command(&self.program);
         command.args(arguments.split_whitespace()).args(["--output", "json"]);
         command.envs(more.iter().copied());
@@ -108,7 +112,7 @@ impl Cli<'_> {
 
     /// The error code that the CLI was given.
     #[track_caller]
-    fn refused(&self, arguments: &str, more: &[(&str, &str)]) -> String {
+    fn refused(&self, arguments: &str, more: Environment<'_>) -> String {
         let output = self.run(arguments, more);
         assert!(!output.status.success(), "aws {arguments} was not refused");
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -220,7 +224,7 @@ fn the_aws_cli_is_refused_in_ec2s_words() {
     let Some(python) = python() else { return };
     let lab = Lab::start(&[], "AWS_DEFAULT_REGION=");
     let cli = Cli { lab: &lab, program: python.join("bin/aws") };
-    let table: [(&str, &[(&str, &str)], &str); 7] = [
+    let table: [(&str, Environment<'_>, &str); 7] = [
         ("ec2 describe-vpcs", &[("AWS_SECRET_ACCESS_KEY", "wrong")], "AuthFailure"),
         ("ec2 describe-vpcs", &[("AWS_ACCESS_KEY_ID", "AKIAUNKNOWN")], "AuthFailure"),
         ("sts get-caller-identity", &[("AWS_SECRET_ACCESS_KEY", "wrong")], "SignatureDoesNotMatch"),

@@ -140,8 +140,7 @@ mod tests {
     #[test]
     fn every_row_is_whole_and_in_order() {
         let text = include_str!("../data/instance-types.tsv");
-        let names: Vec<_> =
-            text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.split('\t').next()).collect();
+        let names: Vec<_> = text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.split('\t').next()).collect();
         assert!(names.is_sorted());
         assert_eq!(all().count(), names.len());
         for row in all() {
