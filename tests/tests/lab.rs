@@ -229,6 +229,22 @@ fn the_primary_eni_is_configured_as_dhcp_would() {
 }
 
 #[test]
+fn packets_are_large_inside_the_vpc_and_small_on_the_way_out() {
+    let lab = start(&spec());
+    let links = ip_json(&lab, "vpc", &["link"]);
+    for link in links.as_array().unwrap() {
+        let name = link["ifname"].as_str().unwrap();
+        let expected = match name {
+            "lo" => continue,
+            "igw" => 1500,
+            _ => 9001,
+        };
+        assert_eq!(link["mtu"], expected, "{name}");
+    }
+    assert_eq!(ip_json(&lab, "node-1", &["link", "show", "eth0"])[0]["mtu"], 9001);
+}
+
+#[test]
 fn imds_answers_its_caller_and_only_with_a_token() {
     let mut lab = start(&spec());
     let imds = "169.254.169.254";

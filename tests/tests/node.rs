@@ -70,8 +70,10 @@ fn nothing_is_left(lab: &Lab, node: &str) {
         let links: Value = serde_json::from_str(&lab.run(node, &["ip", "-j", "link"]).unwrap()).unwrap();
         !links.as_array().unwrap().iter().any(|l| l["ifname"].as_str().is_some_and(|n| n.starts_with("eni")))
     });
-    let checkpoint = lab.run(node, &["cat", "/var/run/aws-node/ipam.json"]).unwrap();
-    assert_eq!(checkpoint, "{\"version\":\"vpc-cni-ipam/1\",\"allocations\":[]}\n");
+    eventually("the add-on's checkpoint is empty", || {
+        let checkpoint = lab.run(node, &["cat", "/var/run/aws-node/ipam.json"]).unwrap();
+        checkpoint == "{\"version\":\"vpc-cni-ipam/1\",\"allocations\":[]}\n"
+    });
 }
 
 /// 110 pods at once; `meanwhile` runs when some of them are there.

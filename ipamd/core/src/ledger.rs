@@ -10,8 +10,8 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{
-    AttachmentId, DeviceIndex, EniId, InstanceId, MacAddress, PodName, RouteTable, SandboxId, SecurityGroupId, SubnetId,
-    Time, VpcId,
+    AttachmentId, DeviceIndex, EniId, InstanceId, MacAddress, PodName, RouteTable, SandboxId, SecurityGroupId,
+    SubnetId, Time, VpcId,
 };
 use crate::ports::Want;
 

@@ -154,9 +154,7 @@ mod tests {
     #[test]
     fn the_cool_down_yields_only_when_asked_and_oldest_first() {
         let c = [candidate("10.0.0.16/32", "eni-a", 0, 0), candidate("10.0.0.17/32", "eni-a", 0, 0)];
-        let cooling = |a: &IpAddr| {
-            Occupancy::Cooling(if a.to_string().ends_with("17") { Time(5) } else { Time(9) })
-        };
+        let cooling = |a: &IpAddr| Occupancy::Cooling(if a.to_string().ends_with("17") { Time(5) } else { Time(9) });
         assert_eq!(pick(&c, cooling, &BTreeMap::new(), false), None);
         let p = pick(&c, cooling, &BTreeMap::new(), true).unwrap();
         assert_eq!((p.address.to_string().as_str(), p.early), ("10.0.0.17", true));

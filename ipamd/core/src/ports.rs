@@ -263,7 +263,9 @@ impl CloudErrorKind {
                 Self::DeviceTaken
             }
             "InvalidParameterValue" if text.contains("currently in use") => Self::Busy,
-            "InvalidParameterValue" if action.starts_with("Unassign") && text.contains("are not assigned to interface") => {
+            "InvalidParameterValue"
+                if action.starts_with("Unassign") && text.contains("are not assigned to interface") =>
+            {
                 Self::NotFound
             }
             "PrivateIpAddressLimitExceeded" | "InvalidInterface.IpAddressLimitExceeded" => Self::EniFull,
@@ -271,8 +273,14 @@ impl CloudErrorKind {
             "NetworkInterfaceLimitExceeded" => Self::AccountFull,
             "InvalidNetworkInterface.InUse" | "IncorrectState" | "IncorrectInstanceState" => Self::Busy,
             _ if text.contains("is not 'running'") => Self::Busy,
-            "UnauthorizedOperation" | "AccessDenied" | "AccessDeniedException" | "AuthFailure" | "Blocked"
-            | "InvalidClientTokenId" | "SignatureDoesNotMatch" | "OptInRequired" => Self::Denied,
+            "UnauthorizedOperation"
+            | "AccessDenied"
+            | "AccessDeniedException"
+            | "AuthFailure"
+            | "Blocked"
+            | "InvalidClientTokenId"
+            | "SignatureDoesNotMatch"
+            | "OptInRequired" => Self::Denied,
             "RequestExpired" | "ExpiredToken" => Self::Transient,
             _ if code.ends_with(".NotFound") => Self::NotFound,
             _ if code.ends_with(".Malformed") => Self::Invalid,

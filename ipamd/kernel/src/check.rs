@@ -112,9 +112,7 @@ async fn pod_side(
     if !addresses.iter().any(|a| a.link == link.index && a.address == IpNet::from(address)) {
         differences.push(format!("pod interface {name} lacks its address {address}: add `{}`", IpNet::from(address)));
     }
-    for stray in addresses.iter().filter(|a| a.link == link.index && !a.local_scope && a.address.addr() != address) {
-        differences.push(format!("pod interface {name} has a foreign address {}", stray.address));
-    }
+    // Further addresses are no difference: a later plugin of the chain may have added them.
 
     routes(pod, wiring, &link, differences).await?;
     neighbour(pod, wiring, &link, host_link.and_then(|link| link.mac), differences).await

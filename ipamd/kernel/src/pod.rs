@@ -255,7 +255,7 @@ pub async fn unwire(unwiring: &PodUnwiring) -> Result<(), KernelError> {
         }
     }
     if let (None, Some(netns)) = (&found.link, &netns)
-        && let Err(e) = delete_pod_end(netns, &unwiring.pod_if).await
+        && let Err(e) = delete_pod_end(netns, unwiring).await
     {
         errors.push(e);
     }
@@ -332,10 +332,14 @@ async fn delete_further_rules(host: &Netlink, address: IpAddr) -> Result<(), Ker
 }
 
 /// The host end is not where its name says, but the pod may still have its own.
-async fn delete_pod_end(netns: &Netns, pod_if: &str) -> Result<(), KernelError> {
+async fn delete_pod_end(netns: &Netns, unwiring: &PodUnwiring) -> Result<(), KernelError> {
     let pod = Netlink::in_namespace(netns)?;
-    match pod.link(pod_if).await? {
-        Some(link) if link.is_veth() => pod.delete_link(pod_if).await,
-        _ => Ok(()),
+    let Some(link) = pod.link(&unwiring.pod_if).await?.filter(Link::is_veth) else { return Ok(()) };
+    // A path such as /proc/PID/ns/net may lead to another pod by now, whose interface has the same name.
+    let held = pod.addresses().await?;
+    let is_ours = |address: &IpAddr| held.iter().any(|a| a.link == link.index && a.address.addr() == *address);
+    if unwiring.addresses.is_empty() || unwiring.addresses.iter().any(is_ours) {
+        pod.delete_link(&unwiring.pod_if).await?;
     }
+    Ok(())
 }

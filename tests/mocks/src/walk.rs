@@ -176,7 +176,7 @@ impl Walk {
         let primary = enis.into_iter().next().unwrap();
         assert_eq!((primary.device, primary.card), (DeviceIndex::PRIMARY, 0));
         assert_eq!(primary.subnet, self.place.subnet);
-        assert_eq!(primary.security_groups, [self.place.group.clone()]);
+        assert_eq!(primary.security_groups, std::slice::from_ref(&self.place.group));
         assert_eq!(primary.kind, EniKind::Interface);
         assert!(primary.slots.is_empty() && primary.attachment.is_some(), "{primary:?}");
         primary
@@ -220,7 +220,7 @@ impl Walk {
     async fn create(&self, subnet: &SubnetView) -> EniView {
         let created = self.created(self.creation(Want::Addresses(3), "walk-1")).await;
         assert_eq!(created.subnet, self.place.subnet);
-        assert_eq!(created.security_groups, [self.place.group.clone()]);
+        assert_eq!(created.security_groups, std::slice::from_ref(&self.place.group));
         assert_eq!(created.description, format!("aws-K8S-{}", self.place.instance));
         assert_eq!(created.tags, self.tags());
         assert_eq!((created.status, created.attachment.as_ref()), (EniStatus::Available, None));

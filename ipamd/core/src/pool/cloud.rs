@@ -10,9 +10,7 @@ use crate::ids::{AttachmentId, DeviceIndex, EniId, Time};
 use crate::ledger::{EniRecord, NodeFacts, Progress, Record};
 use crate::limits;
 use crate::pick;
-use crate::ports::{
-    CloudError, CloudErrorKind, CloudReply, CloudRequest, EniKind, EniStatus, EniView, Metadata,
-};
+use crate::ports::{CloudError, CloudErrorKind, CloudReply, CloudRequest, EniKind, EniStatus, EniView, Metadata};
 
 /// Tag with which an operator takes an ENI out of our hands.
 pub const NO_MANAGE_TAG: &str = "node.k8s.amazonaws.com/no_manage";
@@ -387,7 +385,10 @@ impl Pool {
         let by_neighbour = || {
             let known = self.ledger.enis.values().map(|e| (&e.subnet, Some(e.subnet_cidr)));
             let seen = self.imds.values().map(|e| (&e.subnet, e.subnet_cidr));
-            known.chain(seen).find(|(subnet, cidr)| **subnet == view.subnet && cidr.is_some()).and_then(|(_, cidr)| cidr)
+            known
+                .chain(seen)
+                .find(|(subnet, cidr)| **subnet == view.subnet && cidr.is_some())
+                .and_then(|(_, cidr)| cidr)
         };
         view.subnet_cidr.or_else(by_neighbour)
     }

@@ -31,7 +31,8 @@ impl Pool {
         let unfinished = |eni: &&crate::ledger::EniRecord| eni.progress < Progress::Settled;
         let unfinished: Vec<_> = self.ledger.enis.values().filter(unfinished).cloned().collect();
         for eni in unfinished {
-            let busy = self.under_way(|op| matches!(op, Op::Attach(id) | Op::Settle(id) | Op::Delete(id) if *id == eni.id));
+            let busy =
+                self.under_way(|op| matches!(op, Op::Attach(id) | Op::Settle(id) | Op::Delete(id) if *id == eni.id));
             // An ENI found attached after a restart is settled once EC2 has said how it is attached.
             if busy || self.verify_due || self.rests(&Subject::Eni(eni.id.clone())) {
                 continue;
@@ -58,7 +59,9 @@ impl Pool {
     /// Compares the pool with its target and asks EC2 for what is missing.
     pub(super) fn grow(&mut self, now: Time, out: &mut Out) {
         // Before EC2 has confirmed the ledger, what seems missing may be there.
-        if !self.settings.provisioning || self.verify_due || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)))
+        if !self.settings.provisioning
+            || self.verify_due
+            || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)))
         {
             return;
         }
@@ -77,7 +80,10 @@ impl Pool {
                         break;
                     }
                     let Some(node) = self.ledger.node.clone() else { return };
-                    out.note(Note::Grow { why: target.why.clone(), step: format!("create an ENI in {subnet} with {want}") });
+                    out.note(Note::Grow {
+                        why: target.why.clone(),
+                        step: format!("create an ENI in {subnet} with {want}"),
+                    });
                     self.tokens += 1;
                     let token = format!("fw-{}-{:x}-{:x}", node.instance, now.0, self.tokens);
                     let creation = Creation { token, subnet, want, since: now };
@@ -125,9 +131,11 @@ impl Pool {
 
     /// The pool in numbers. Capacity on its way counts as held, so that it is not asked for twice.
     pub(super) fn counts(&self, now: Time) -> Counts {
-        let mut counts = Counts::default();
-        counts.waiting = u32::try_from(self.waiting.len()).unwrap_or(u32::MAX);
-        counts.assigned = u32::try_from(self.ledger.pods.len()).unwrap_or(u32::MAX);
+        let mut counts = Counts {
+            waiting: u32::try_from(self.waiting.len()).unwrap_or(u32::MAX),
+            assigned: u32::try_from(self.ledger.pods.len()).unwrap_or(u32::MAX),
+            ..Counts::default()
+        };
         let cooldown_ms = self.settings.cooldown_ms();
         let cooling = |address: &std::net::IpAddr| {
             self.ledger.freed.get(address).is_some_and(|at| now.since_ms(*at) < cooldown_ms)
@@ -186,11 +194,10 @@ impl Pool {
             let Some(live) = self.live.get(&eni.id).filter(|live| !live.gone) else { continue };
             let held = self.ledger.slots.get(&eni.id).map_or(0, |slots| slots.len() + live.quarantined.len());
             let free_slots = frame.slots_per_eni.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
-            let busy = self.under_way(|op| {
-                matches!(op, Op::Assign { eni: id, .. } | Op::ReadBack(id) | Op::Delete(id) if *id == eni.id)
-            });
-            let refused =
-                self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
+            let busy = self.under_way(
+                |op| matches!(op, Op::Assign { eni: id, .. } | Op::ReadBack(id) | Op::Delete(id) if *id == eni.id),
+            );
+            let refused = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
             rooms.push(EniRoom {
                 eni: eni.id.clone(),
                 free_slots: if live.full { 0 } else { free_slots },
@@ -239,9 +246,10 @@ impl Pool {
         });
         let soon = |id: &EniId| {
             let live = self.live.get(id);
-            let slots = self.ledger.slots.get(id).map_or(0, std::collections::BTreeSet::len);
+            let primary = self.ledger.node.as_ref().is_some_and(|node| node.primary_eni == *id);
+            let slots = self.ledger.slots.get(id);
             live.is_some_and(|l| {
-                let untold = slots > 0 && l.told.len() < slots;
+                let untold = !primary && slots.is_some_and(|slots| !slots.is_subset(&l.told));
                 !l.gone && now.since_ms(l.since) <= STUCK_ENI_MS && (!l.programmed || untold)
             })
         };

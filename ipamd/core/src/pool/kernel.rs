@@ -62,14 +62,14 @@ impl Pool {
             }
         };
         self.recovered(&Subject::Kernel);
-        let first = self.kernel.applied.is_none();
+        // What a new plan changes was wanted; what changes under a plan that stood already was undone by somebody.
+        let stood_already = self.kernel.applied == Some(revision) && self.kernel.missing_links.is_empty();
         self.kernel.applied = Some(revision);
         let wait = if report.missing_links.is_empty() { KERNEL_RESYNC_MS } else { LINK_RETRY_MS };
         self.kernel.recheck_at = Some(now.plus_ms(wait));
         self.kernel.missing_links.clone_from(&report.missing_links);
         for text in report.repaired {
-            // The first programming of a node makes everything; only what somebody took away later is a repair.
-            if !first {
+            if stood_already {
                 out.note(Note::Repaired { text });
             }
         }
@@ -84,11 +84,7 @@ impl Pool {
                 out.note(Note::EniMoved { eni: id.clone(), to: "in service", after_ms: now.since_ms(live.since) });
             }
             live.programmed = stands;
-            live.told = match plan.enis.iter().find(|eni| eni.id == *id) {
-                Some(eni) => eni.sources.clone(),
-                // Packets of pods on the primary need no steering: main is where they go.
-                None => self.ledger.slots.get(id).cloned().unwrap_or_default(),
-            };
+            live.told = plan.enis.iter().find(|eni| eni.id == *id).map(|eni| eni.sources.clone()).unwrap_or_default();
         }
     }
 

@@ -72,9 +72,18 @@ pub enum Event {
 pub enum Command {
     /// Must be durable before the commands that follow it.
     Persist(Vec<Record>),
-    Reply { request: RequestId, answer: Answer },
-    Cloud { op: OpId, request: CloudRequest },
-    Kernel { op: OpId, plan: NodePlan },
+    Reply {
+        request: RequestId,
+        answer: Answer,
+    },
+    Cloud {
+        op: OpId,
+        request: CloudRequest,
+    },
+    Kernel {
+        op: OpId,
+        plan: NodePlan,
+    },
     /// For the log and the counters.
     Note(Note),
 }
@@ -98,18 +107,52 @@ pub enum Answer {
 /// Something an operator would mention, as data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
-    NodeKnown { instance: String, instance_type: String, addresses: u32, from_ledger: bool },
-    ForeignLedger { ledger: String, node: String },
-    Grow { why: String, step: String },
-    CannotGrow { why: String, reason: String },
-    Gained { eni: EniId, slots: BTreeSet<IpNet> },
-    EniMoved { eni: EniId, to: &'static str, after_ms: u64 },
-    CloudFailed { error: CloudError, retry_in_ms: u64 },
+    NodeKnown {
+        instance: String,
+        instance_type: String,
+        addresses: u32,
+        from_ledger: bool,
+    },
+    ForeignLedger {
+        ledger: String,
+        node: String,
+    },
+    Grow {
+        why: String,
+        step: String,
+    },
+    CannotGrow {
+        why: String,
+        reason: String,
+    },
+    Gained {
+        eni: EniId,
+        slots: BTreeSet<IpNet>,
+    },
+    EniMoved {
+        eni: EniId,
+        to: &'static str,
+        after_ms: u64,
+    },
+    CloudFailed {
+        error: CloudError,
+        retry_in_ms: u64,
+    },
     /// EC2 shows something else than the ledger. Kept and reported, never acted on here.
-    Differs { eni: EniId, text: String },
-    CooldownYielded { address: IpAddr, rested_ms: u64 },
-    Repaired { text: String },
-    KernelFailed { error: String },
+    Differs {
+        eni: EniId,
+        text: String,
+    },
+    CooldownYielded {
+        address: IpAddr,
+        rested_ms: u64,
+    },
+    Repaired {
+        text: String,
+    },
+    KernelFailed {
+        error: String,
+    },
 }
 
 /// What was asked of the world and has not been answered.
@@ -232,7 +275,8 @@ impl Pool {
     pub fn new(settings: Settings, ledger: LedgerState, seed: u64, now: Time) -> Self {
         let live = ledger.enis.keys().map(|eni| (eni.clone(), Live::new(now))).collect();
         let verify_due = ledger.node.is_some();
-        let limits = ledger.node.as_ref().and_then(|node| crate::limits::lookup(&node.instance_type)).map(|t| t.limits());
+        let limits =
+            ledger.node.as_ref().and_then(|node| crate::limits::lookup(&node.instance_type)).map(|t| t.limits());
         Self {
             settings,
             ledger,
@@ -287,7 +331,8 @@ impl Pool {
     /// When to call `step(Tick)` at the latest, and why.
     pub fn poll_deadline(&self) -> Option<(Time, &'static str)> {
         let waiter = self.waiting.iter().map(|w| (w.deadline, "a waiting ADD runs out of patience")).min();
-        let retry = self.setbacks.values().filter(|s| !s.over).map(|s| (s.until, "a refused call is tried again")).min();
+        let retry =
+            self.setbacks.values().filter(|s| !s.over).map(|s| (s.until, "a refused call is tried again")).min();
         let kernel = self.kernel.recheck_at.map(|at| (at, "the kernel is compared with the plan"));
         let cooling = (!self.waiting.is_empty()).then(|| self.next_cooled()).flatten();
         let cooling = cooling.map(|at| (at, "an address has cooled down"));

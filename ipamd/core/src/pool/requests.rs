@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::{Answer, DEFAULT_PATIENCE_MS, Failure, MAX_WAITING, Note, Out, Pool, Reason, RequestId, Waiter};
-use crate::ids::{EniId, PodName, SandboxId, Time};
+use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, Time};
 use crate::ledger::{Allocation, Record};
 use crate::pick::{self, Candidate, Occupancy};
 
@@ -149,7 +151,9 @@ impl Pool {
                 continue;
             }
             let slots = self.ledger.slots.get(id).into_iter().flatten();
-            for slot in slots.filter(|slot| live.told.contains(*slot) && !live.missing.contains(*slot)) {
+            // Packets of pods on the primary need no steering: main is where they go.
+            let steered = |slot: &IpNet| eni.device == DeviceIndex::PRIMARY || live.told.contains(slot);
+            for slot in slots.filter(|slot| steered(slot) && !live.missing.contains(*slot)) {
                 candidates.push(Candidate {
                     slot: *slot,
                     eni: id.clone(),

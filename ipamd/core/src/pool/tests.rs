@@ -415,7 +415,12 @@ fn what_the_journal_could_not_take_was_never_promised() {
 #[test]
 fn a_failure_names_its_cause() {
     let cases: [(&str, CloudErrorKind, &str, Reason); 5] = [
-        ("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet", Reason::SubnetEmpty),
+        (
+            "AssignPrivateIpAddresses",
+            CloudErrorKind::SubnetEmpty,
+            "InsufficientFreeAddressesInSubnet",
+            Reason::SubnetEmpty,
+        ),
         ("AssignPrivateIpAddresses", CloudErrorKind::Throttled, "RequestLimitExceeded", Reason::Throttled),
         ("AssignPrivateIpAddresses", CloudErrorKind::Denied, "UnauthorizedOperation", Reason::Denied),
         ("AssignPrivateIpAddresses", CloudErrorKind::Transient, "InternalError", Reason::CloudUnavailable),
@@ -582,4 +587,15 @@ fn an_address_with_a_pod_route_is_in_use_whatever_the_ledger_says() {
     w.run(20_000);
     let c = w.add(3);
     assert_eq!(w.added(c).address, wired, "free once the kernel agrees");
+}
+
+#[test]
+fn an_address_gained_on_the_primary_is_served_at_once() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.step(Event::Tick);
+    // More than the head-room: some of these wait for the next call, and for nothing after it.
+    let requests: Vec<_> = (0..9).map(|n| w.add(n)).collect();
+    for request in requests {
+        w.added(request);
+    }
 }

@@ -203,9 +203,10 @@ impl Pool {
             return Failure::retryable(Reason::Starting, message);
         }
         if !self.settings.provisioning {
-            let message = "every address of this node is in use and DISABLE_NETWORK_RESOURCE_PROVISIONING forbids taking \
+            let message =
+                "every address of this node is in use and DISABLE_NETWORK_RESOURCE_PROVISIONING forbids taking \
                            more"
-                .to_owned();
+                    .to_owned();
             return Failure { reason: Reason::ProvisioningDisabled, message, retryable: true };
         }
         if let Some(failure) = self.worst_setback(now) {
@@ -281,12 +282,13 @@ impl Pool {
             }
             CloudErrorKind::Fragmented => (
                 Reason::Fragmented,
-                format!("there is no free /28 for {object}, since {since}; single addresses are taken meanwhile, {next}"),
+                format!(
+                    "there is no free /28 for {object}, since {since}; single addresses are taken meanwhile, {next}"
+                ),
             ),
-            CloudErrorKind::Throttled => (
-                Reason::Throttled,
-                format!("EC2 throttles {action} ({failures} refusals since {since}); {next}"),
-            ),
+            CloudErrorKind::Throttled => {
+                (Reason::Throttled, format!("EC2 throttles {action} ({failures} refusals since {since}); {next}"))
+            }
             CloudErrorKind::Denied => (
                 Reason::Denied,
                 format!("the node's role may not call ec2:{action} ({code}: {message}); allow it in IAM, {next}"),

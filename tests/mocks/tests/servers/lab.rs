@@ -180,7 +180,7 @@ async fn metadata_and_ec2_show_the_same_node() {
         view.tags.clear();
         view.subnet_cidr = Some("10.0.0.0/20".parse().unwrap());
     }
-    ec2.sort_by(|a, b| a.mac.cmp(&b.mac));
+    ec2.sort_by_key(|eni| eni.mac);
     assert_eq!(metadata.enis, ec2);
     assert_eq!(metadata.primary_ipv4, metadata.enis.iter().find(|eni| eni.device.0 == 0).unwrap().primary_ipv4);
 }

@@ -1,0 +1,47 @@
+# Flatwire. `make help` lists what there is; `make demo` and `make test` are all a newcomer needs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+BIN := $(TARGET_DIR)/flatwire
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+
+.PHONY: help
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+.PHONY: demo
+demo: build ## Two nodes on one machine: pods, a full ping matrix, then everything deleted (no AWS account)
+	$(BIN)/lab demo
+
+.PHONY: test
+test: deps build ## Every test: unit, property, namespaces, CNI conformance, the lab, LocalStack and moto
+	tests/run.sh
+
+.PHONY: build
+build: deps ## Release binaries, all static, in target/flatwire
+	@echo "build: the EC2 SDK is 1.2 million lines; the first build takes minutes, the next ones seconds"
+	cargo build --release --workspace --bins
+	cargo build --profile plugin -p aws-cni
+	@mkdir -p $(BIN)
+	@install -m 0755 $(TARGET_DIR)/$(TRIPLE)/release/{ipamd,lab,lab-ec2} $(TARGET_DIR)/$(TRIPLE)/plugin/aws-cni $(BIN)/
+	@ls -lh $(BIN) | awk 'NR > 1 { printf "  %-8s %s\n", $$5, $$9 }'
+
+.PHONY: lab
+lab: build ## A lab that stays up, to play with (Ctrl-C ends it)
+	$(BIN)/lab up
+
+.PHONY: clean-lab
+clean-lab: ## Remove whatever a killed lab left
+	@if [ -x $(BIN)/lab ]; then $(BIN)/lab clean; else echo "clean-lab: no lab was built here, nothing to remove"; fi
+
+.PHONY: lint
+lint: ## Formatting, clippy, and the repository's own rules
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny check bans licenses sources; \
+	else echo "lint: SKIPPED cargo-deny (not installed); its rules are in deny.toml"; fi
+
+.PHONY: deps
+deps: ## Install what building and testing need (Debian packages; Rust must be there)
+	@tests/deps.sh

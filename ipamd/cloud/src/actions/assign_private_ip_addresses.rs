@@ -1,0 +1,41 @@
+//! AssignPrivateIpAddresses by count: single addresses or /28 prefixes, never both.
+//!
+//! AllowReassignment is never sent: its default, off, is the fence that keeps this node from taking another one's
+//! address.
+
+use std::collections::BTreeSet;
+
+use aws_sdk_ec2::Client;
+use flatwire_core::ids::EniId;
+use flatwire_core::ports::{CloudError, CloudReply, Want};
+use ipnet::IpNet;
+
+use crate::client::once;
+use crate::convert::{field, host, to_i32};
+use crate::errors::{for_want, from_sdk};
+
+const ACTION: &str = "AssignPrivateIpAddresses";
+
+/// The reply is what EC2 says it assigned by this call. moto and LocalStack answer with everything the ENI holds;
+/// that is their error and not corrected here, since the correction would lose addresses of a faithful answer.
+pub async fn assign(ec2: &Client, eni: &EniId, want: Want) -> Result<CloudReply, CloudError> {
+    let call = ec2.assign_private_ip_addresses().network_interface_id(eni.as_str());
+    let call = match want {
+        Want::Addresses(n) => call.secondary_private_ip_address_count(to_i32(ACTION, n)?),
+        Want::Prefixes(n) => call.ipv4_prefix_count(to_i32(ACTION, n)?),
+    };
+    let answer = call
+        .customize()
+        .config_override(once())
+        .send()
+        .await
+        .map_err(|failure| for_want(want, from_sdk(ACTION, failure)))?;
+    let mut assigned = BTreeSet::new();
+    for address in answer.assigned_private_ip_addresses() {
+        assigned.insert(host(field(ACTION, "privateIpAddress", address.private_ip_address())?));
+    }
+    for prefix in answer.assigned_ipv4_prefixes() {
+        assigned.insert(IpNet::V4(field(ACTION, "ipv4Prefix", prefix.ipv4_prefix())?));
+    }
+    Ok(CloudReply::Assigned(assigned))
+}

@@ -1,0 +1,401 @@
+//! The loop that owns the pool: events in, wishes carried out.
+//!
+//! One thread, no lock. It takes what has arrived, lets the pool step through it, makes the records of the whole batch
+//! durable in one flush, and only then replies and starts calls. Calls to EC2 and the kernel run on the async runtime and come
+//! back as events; nothing they do can hold up an ADD that the pool can answer.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use flatwire_core::ids::{SandboxId, Time};
+use flatwire_core::ledger::Record;
+use flatwire_core::pool::{Answer, Command, Event, Failure, OpId, Pool, PoolStatus, Reason, RequestId};
+use flatwire_core::ports::{Cloud, CloudError, CloudErrorKind, CloudRequest, Kernel};
+use flatwire_store::journal::Journal;
+use flatwire_store::{checkpoint, releases};
+use tokio::sync::oneshot;
+
+use crate::metrics::Metrics;
+use crate::notes;
+
+/// Requests that may be under way at once; one more is refused.
+pub const MAX_REQUESTS: usize = 2_048;
+/// Events taken together; their records share one flush.
+const MAX_BATCH: usize = 256;
+/// The add-on's checkpoint follows the ledger by at most this.
+const CHECKPOINT_DELAY: Duration = Duration::from_millis(200);
+/// How often the folder of queued releases is looked at.
+const RELEASES_EVERY: Duration = Duration::from_secs(2);
+
+enum Input {
+    Event(Event),
+    Request { event: Box<dyn FnOnce(RequestId) -> Event + Send>, id: RequestId, reply: oneshot::Sender<Answer> },
+    Status(oneshot::Sender<PoolStatus>),
+    Stop(oneshot::Sender<()>),
+}
+
+/// What the rest of the daemon holds of the loop.
+#[derive(Clone)]
+pub struct Handle {
+    inputs: Sender<Input>,
+    next_request: Arc<AtomicU64>,
+    under_way: Arc<AtomicUsize>,
+}
+
+/// The loop is gone, or has too much to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Unavailable {
+    #[error("{MAX_REQUESTS} requests are under way already; try again")]
+    Busy,
+    #[error("ipamd is stopping")]
+    Stopping,
+}
+
+impl Handle {
+    /// Asks the pool; when the caller gives up, so does the pool.
+    pub async fn ask(&self, event: impl FnOnce(RequestId) -> Event + Send + 'static) -> Result<Answer, Unavailable> {
+        if self.under_way.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
+            self.under_way.fetch_sub(1, Ordering::Relaxed);
+            return Err(Unavailable::Busy);
+        }
+        let id = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
+        let (reply, answer) = oneshot::channel();
+        let mut guard = Abandon { handle: self, id, answered: false };
+        let request = Input::Request { event: Box::new(event), id, reply };
+        self.inputs.send(request).map_err(|_| Unavailable::Stopping)?;
+        let answer = answer.await.map_err(|_| Unavailable::Stopping);
+        guard.answered = true;
+        answer
+    }
+
+    pub async fn status(&self) -> Result<PoolStatus, Unavailable> {
+        let (reply, answer) = oneshot::channel();
+        self.inputs.send(Input::Status(reply)).map_err(|_| Unavailable::Stopping)?;
+        answer.await.map_err(|_| Unavailable::Stopping)
+    }
+
+    /// Sends waiting pods away, writes what is unwritten, and ends the loop.
+    pub async fn stop(&self) {
+        let (done, stopped) = oneshot::channel();
+        if self.inputs.send(Input::Stop(done)).is_ok() {
+            let _ = stopped.await;
+        }
+    }
+}
+
+/// Tells the pool when a caller has gone away before its answer came.
+struct Abandon<'h> {
+    handle: &'h Handle,
+    id: RequestId,
+    answered: bool,
+}
+
+impl Drop for Abandon<'_> {
+    fn drop(&mut self) {
+        self.handle.under_way.fetch_sub(1, Ordering::Relaxed);
+        if !self.answered {
+            let _ = self.handle.inputs.send(Input::Event(Event::Abandoned { request: self.id }));
+        }
+    }
+}
+
+pub struct Driver<C, K> {
+    pub pool: Pool,
+    pub journal: Journal,
+    pub cloud: Arc<C>,
+    pub kernel: Arc<K>,
+    pub runtime: tokio::runtime::Handle,
+    pub metrics: Arc<Metrics>,
+    pub checkpoint: PathBuf,
+    pub release_queue: PathBuf,
+}
+
+/// Who waits for an answer.
+enum ReplyTo {
+    Caller(oneshot::Sender<Answer>),
+    /// A release from the queue on disk, done when answered.
+    Queue(PathBuf),
+}
+
+struct Loop<C, K> {
+    driver: Driver<C, K>,
+    inputs: Receiver<Input>,
+    sender: Sender<Input>,
+    replies: BTreeMap<RequestId, ReplyTo>,
+    next_request: Arc<AtomicU64>,
+    last: Time,
+    checkpoint_due: Option<Time>,
+    releases_due: Time,
+    complained: std::collections::BTreeSet<PathBuf>,
+    stopping: Option<oneshot::Sender<()>>,
+}
+
+impl<C: Cloud, K: Kernel> Driver<C, K> {
+    /// Starts the loop on a thread of its own.
+    pub fn start(self) -> std::io::Result<Handle> {
+        let (sender, inputs) = channel();
+        let next_request = Arc::new(AtomicU64::new(1));
+        let handle = Handle {
+            inputs: sender.clone(),
+            next_request: next_request.clone(),
+            under_way: Arc::new(AtomicUsize::new(0)),
+        };
+        let mut the_loop = Loop {
+            driver: self,
+            inputs,
+            sender,
+            replies: BTreeMap::new(),
+            next_request,
+            last: Time::default(),
+            checkpoint_due: None,
+            releases_due: Time::default(),
+            complained: std::collections::BTreeSet::new(),
+            stopping: None,
+        };
+        std::thread::Builder::new().name("pool".to_owned()).spawn(move || the_loop.run())?;
+        Ok(handle)
+    }
+}
+
+impl<C: Cloud, K: Kernel> Loop<C, K> {
+    fn run(&mut self) {
+        let mut events = vec![Event::Tick];
+        // What the ledger says now is what a rollback should find, whether or not anything changes.
+        self.checkpoint_due = Some(self.now());
+        loop {
+            self.handle(events);
+            self.housekeeping();
+            if let Some(done) = self.stopping.take() {
+                let _ = done.send(());
+                return;
+            }
+            events = self.next_events();
+        }
+    }
+
+    /// Waits for the next inputs, or for the next deadline.
+    fn next_events(&mut self) -> Vec<Event> {
+        let now = self.now();
+        let pool = self.driver.pool.poll_deadline().map(|(at, _)| at);
+        let due = [pool, self.checkpoint_due, Some(self.releases_due)].into_iter().flatten().min().unwrap_or(now);
+        let wait = Duration::from_millis(due.since_ms(now)).min(RELEASES_EVERY);
+        let mut events = Vec::new();
+        match self.inputs.recv_timeout(wait) {
+            Ok(input) => self.take(input, &mut events),
+            Err(RecvTimeoutError::Timeout) => events.push(Event::Tick),
+            Err(RecvTimeoutError::Disconnected) => unreachable!("invariant: the loop holds a sender itself"),
+        }
+        while events.len() < MAX_BATCH && self.stopping.is_none() {
+            match self.inputs.try_recv() {
+                Ok(input) => self.take(input, &mut events),
+                Err(_) => break,
+            }
+        }
+        events
+    }
+
+    fn take(&mut self, input: Input, events: &mut Vec<Event>) {
+        match input {
+            Input::Event(event) => events.push(event),
+            Input::Request { event, id, reply } => {
+                self.replies.insert(id, ReplyTo::Caller(reply));
+                events.push(event(id));
+            }
+            Input::Status(reply) => {
+                let now = self.now();
+                let _ = reply.send(self.driver.pool.status(now));
+            }
+            Input::Stop(done) => {
+                self.stopping = Some(done);
+                self.checkpoint_due = Some(self.last);
+                events.push(Event::Stop);
+            }
+        }
+    }
+
+    /// Steps through a batch; what it records is flushed once, before anything else is done.
+    fn handle(&mut self, events: Vec<Event>) {
+        let mut records = Vec::new();
+        let mut rest = Vec::new();
+        for event in events {
+            if let Event::Abandoned { request } = &event {
+                self.replies.remove(request);
+            }
+            let now = self.now();
+            for command in self.driver.pool.step(event, now) {
+                match command {
+                    Command::Persist(more) => records.extend(more),
+                    command => rest.push(command),
+                }
+            }
+        }
+        if !records.is_empty() {
+            if let Err(error) = self.driver.journal.append(&records) {
+                let text = notes::chain(&error);
+                tracing::error!(error = %text, "the ledger could not be written; nothing of this batch was promised");
+                self.take_back(records, rest, &text);
+                return;
+            }
+            let touches_pods = |r: &Record| matches!(r, Record::Allocated(_) | Record::Released { .. });
+            if self.checkpoint_due.is_none() && records.iter().any(touches_pods) {
+                let delay = u64::try_from(CHECKPOINT_DELAY.as_millis()).unwrap_or(0);
+                self.checkpoint_due = Some(self.last.plus_ms(delay));
+            }
+        }
+        for command in rest {
+            self.carry_out(command);
+        }
+    }
+
+    /// The records of a batch could not be written: callers are told, and calls that hang on them are not made.
+    fn take_back(&mut self, records: Vec<Record>, commands: Vec<Command>, why: &str) {
+        let mut events = vec![Event::PersistFailed { records }];
+        for command in commands {
+            match command {
+                Command::Persist(_) => {}
+                Command::Note(note) => notes::note(&note, &self.driver.metrics),
+                Command::Reply { request, .. } => {
+                    let failure = Failure {
+                        reason: Reason::Ledger,
+                        message: format!("the ledger could not be written: {why}"),
+                        retryable: true,
+                    };
+                    self.reply(request, Answer::Failed(failure));
+                }
+                Command::Cloud { op, request } => {
+                    let error = CloudError {
+                        kind: CloudErrorKind::Transient,
+                        action: request.action().to_owned(),
+                        code: "Ledger".to_owned(),
+                        message: why.to_owned(),
+                        request_id: None,
+                    };
+                    events.push(Event::Cloud { op, result: Err(error) });
+                }
+                Command::Kernel { op, .. } => events.push(Event::Kernel { op, result: Err(why.to_owned()) }),
+            }
+        }
+        for event in events {
+            let _ = self.sender.send(Input::Event(event));
+        }
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        match command {
+            Command::Persist(_) => {}
+            Command::Reply { request, answer } => self.reply(request, answer),
+            Command::Cloud { op, request } => self.call_cloud(op, request),
+            Command::Kernel { op, plan } => {
+                let (kernel, sender) = (self.driver.kernel.clone(), self.sender.clone());
+                self.driver.runtime.spawn(async move {
+                    let result = match kernel.apply(&plan).await {
+                        Ok(report) => kernel.pod_routes().await.map(|routes| (report, routes)),
+                        Err(error) => Err(error),
+                    };
+                    let result = result.map_err(|error| notes::chain(&error));
+                    let _ = sender.send(Input::Event(Event::Kernel { op, result }));
+                });
+            }
+            Command::Note(note) => notes::note(&note, &self.driver.metrics),
+        }
+    }
+
+    fn call_cloud(&self, op: OpId, request: CloudRequest) {
+        let (cloud, sender) = (self.driver.cloud.clone(), self.sender.clone());
+        tracing::debug!(?op, ?request, "cloud call");
+        self.driver.runtime.spawn(async move {
+            let result = cloud.call(request).await;
+            let _ = sender.send(Input::Event(Event::Cloud { op, result }));
+        });
+    }
+
+    fn reply(&mut self, request: RequestId, answer: Answer) {
+        match self.replies.remove(&request) {
+            Some(ReplyTo::Caller(reply)) => {
+                let _ = reply.send(answer);
+            }
+            Some(ReplyTo::Queue(path)) => match answer {
+                Answer::Failed(failure) => {
+                    tracing::warn!(path = %path.display(), why = failure.message, "queued release waits")
+                }
+                _ => {
+                    if let Err(error) = releases::settle(&path) {
+                        tracing::warn!(error = %notes::chain(&error), "a settled release stays in the queue");
+                    }
+                }
+            },
+            None => {}
+        }
+    }
+
+    /// What is due by the clock: the add-on's checkpoint, the queue of releases, a shorter journal.
+    fn housekeeping(&mut self) {
+        let now = self.now();
+        if self.checkpoint_due.is_some_and(|at| at <= now) {
+            self.checkpoint_due = None;
+            if let Err(error) = checkpoint::write(&self.driver.checkpoint, self.driver.pool.ledger()) {
+                tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
+            }
+            if let Err(error) = self.driver.journal.compact_if_long(self.driver.pool.ledger()) {
+                tracing::warn!(error = %notes::chain(&error), "the ledger stays long");
+            }
+        }
+        if self.releases_due <= now && self.stopping.is_none() {
+            self.releases_due = now.plus_ms(u64::try_from(RELEASES_EVERY.as_millis()).unwrap_or(0));
+            self.drain_releases();
+        }
+    }
+
+    fn drain_releases(&mut self) {
+        let queued = match releases::list(&self.driver.release_queue) {
+            Ok(queued) => queued,
+            Err(error) => {
+                tracing::warn!(error = %notes::chain(&error), "the queue of releases could not be read");
+                return;
+            }
+        };
+        let mut events = Vec::new();
+        for item in queued {
+            match item.release {
+                // Listed and released without taking an input in between, so an ADD that removed the file first, as the plugin
+                // does, comes after. A file older than the sandbox's present address is of an earlier life and means nothing.
+                Ok(release) if self.is_stale(&release) => {
+                    tracing::info!(sandbox = %release.sandbox(), "a queued release of an earlier life is dropped");
+                    if let Err(error) = releases::settle(&item.path) {
+                        tracing::warn!(error = %notes::chain(&error), "a stale release stays in the queue");
+                    }
+                }
+                Ok(release) => {
+                    let request = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
+                    let sandbox: SandboxId = release.sandbox();
+                    tracing::info!(%sandbox, pod = %release.pod(), "release queued by the plugin");
+                    self.replies.insert(request, ReplyTo::Queue(item.path));
+                    events.push(Event::Del { request, sandbox });
+                }
+                Err(why) if self.complained.insert(item.path.clone()) => {
+                    tracing::warn!(path = %item.path.display(), why, "a queued release cannot be read; left as it is");
+                }
+                Err(_) => {}
+            }
+        }
+        if !events.is_empty() {
+            self.handle(events);
+        }
+    }
+
+    fn is_stale(&self, release: &releases::QueuedRelease) -> bool {
+        let held = self.driver.pool.ledger().pods.get(&release.sandbox());
+        held.is_some_and(|allocation| allocation.at.0 > release.queued_at_ms)
+    }
+
+    /// Wall time that never runs backwards within one life of the daemon.
+    fn now(&mut self) -> Time {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.last = self.last.max(Time(u64::try_from(since.as_millis()).unwrap_or(u64::MAX)));
+        self.last
+    }
+}

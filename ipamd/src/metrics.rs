@@ -1,0 +1,135 @@
+//! Counters and gauges under the add-on's names, so that dashboards and its metrics helper keep working, and ours beside them.
+
+use std::time::Duration;
+
+use flatwire_cloud::CallObserver;
+use flatwire_core::pool::PoolStatus;
+use flatwire_core::ports::CloudError;
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+pub struct Metrics {
+    registry: Registry,
+    pub add_requests: IntCounter,
+    pub del_requests: IntCounterVec,
+    pub no_address: IntCounter,
+    pub add_failures: IntCounterVec,
+    pub cooldown_yielded: IntCounter,
+    pub repairs: IntCounter,
+    errors: IntCounterVec,
+    api_requests: IntCounterVec,
+    api_errors: IntCounterVec,
+    api_latency: HistogramVec,
+    eni_max: IntGauge,
+    ip_max: IntGauge,
+    enis: IntGauge,
+    total: IntGauge,
+    assigned: IntGauge,
+    cooling: IntGauge,
+    free: IntGauge,
+    waiting: IntGauge,
+    prefixes: IntGauge,
+    per_eni: IntGaugeVec,
+    pub add_seconds: HistogramVec,
+}
+
+impl Metrics {
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
+            let metric = IntCounter::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
+            let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
+            let metric = IntGauge::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let buckets = vec![0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0];
+        let histogram = |name: &str, help: &str, labels: &[&str]| -> Result<HistogramVec, prometheus::Error> {
+            let metric = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.clone()), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let per_eni = IntGaugeVec::new(Opts::new("awscni_assigned_ip_per_eni", "pods on each ENI"), &["eni"])?;
+        registry.register(Box::new(per_eni.clone()))?;
+        let build = IntGaugeVec::new(Opts::new("awscni_build_info", "1, labelled with the version"), &["version"])?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        registry.register(Box::new(build))?;
+        Ok(Self {
+            add_requests: counter("awscni_add_ip_req_count", "ADD requests")?,
+            del_requests: counters("awscni_del_ip_req_count", "DEL requests", &["reason"])?,
+            no_address: counter("awscni_no_available_ip_addresses", "ADDs that ended without an address")?,
+            add_failures: counters("flatwire_add_failures_total", "ADDs that failed, by cause", &["reason"])?,
+            cooldown_yielded: counter("flatwire_cooldown_yielded_total", "cooling addresses given early")?,
+            repairs: counter("flatwire_kernel_repairs_total", "things put right in the kernel")?,
+            errors: counters("awscni_ipamd_error_count", "errors by where they arose", &["fn"])?,
+            api_requests: counters("awscni_ec2api_req_count", "calls to EC2 and IMDS", &["fn"])?,
+            api_errors: counters("awscni_aws_api_error_count", "failed calls by error class", &["api", "error"])?,
+            api_latency: histogram("flatwire_aws_api_seconds", "time of a call with its attempts", &["api"])?,
+            eni_max: gauge("awscni_eni_max", "ENIs this node may use")?,
+            ip_max: gauge("awscni_ip_max", "addresses this node could hold")?,
+            enis: gauge("awscni_eni_allocated", "ENIs in use")?,
+            total: gauge("awscni_total_ip_addresses", "addresses held")?,
+            assigned: gauge("awscni_assigned_ip_addresses", "addresses of pods")?,
+            cooling: gauge("flatwire_cooling_ip_addresses", "addresses freed too recently to be reused")?,
+            free: gauge("flatwire_free_ip_addresses", "addresses that could be given this moment")?,
+            waiting: gauge("flatwire_waiting_adds", "ADDs waiting for an address")?,
+            prefixes: gauge("awscni_total_ipv4_prefixes", "/28 prefixes held")?,
+            per_eni,
+            add_seconds: histogram("flatwire_add_seconds", "time to answer an ADD", &["outcome"])?,
+            registry,
+        })
+    }
+
+    pub fn error(&self, place: &str) {
+        self.errors.with_label_values(&[place]).inc();
+    }
+
+    /// Everything in the text format, with the gauges as the pool stands now.
+    pub fn render(&self, status: Option<&PoolStatus>) -> String {
+        if let Some(status) = status {
+            self.set_gauges(status);
+        }
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+
+    fn set_gauges(&self, status: &PoolStatus) {
+        let counts = &status.counts;
+        for (gauge, value) in [
+            (&self.eni_max, status.max_enis),
+            (&self.ip_max, status.max_addresses),
+            (&self.total, counts.total),
+            (&self.assigned, counts.assigned),
+            (&self.cooling, counts.cooling),
+            (&self.free, status.free),
+            (&self.waiting, counts.waiting),
+            (&self.prefixes, counts.prefixes),
+        ] {
+            gauge.set(i64::from(value));
+        }
+        self.enis.set(i64::try_from(status.enis.len()).unwrap_or(i64::MAX));
+        self.per_eni.reset();
+        for eni in &status.enis {
+            self.per_eni.with_label_values(&[eni.id.as_str()]).set(i64::from(eni.pods));
+        }
+    }
+}
+
+impl CallObserver for Metrics {
+    fn observed(&self, action: &str, outcome: Result<(), &CloudError>, latency: Duration) {
+        self.api_requests.with_label_values(&[action]).inc();
+        self.api_latency.with_label_values(&[action]).observe(latency.as_secs_f64());
+        if let Err(error) = outcome {
+            // The class and not the text: a label must have few values.
+            self.api_errors.with_label_values(&[action, &format!("{:?}", error.kind)]).inc();
+        }
+    }
+}

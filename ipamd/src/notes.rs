@@ -1,0 +1,62 @@
+//! The pool's notes as log lines and counters: the one place where what happened is put into words for the log.
+
+use std::error::Error;
+
+use flatwire_core::pool::Note;
+
+use crate::metrics::Metrics;
+
+/// An error with its causes, outermost first.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+pub fn note(note: &Note, metrics: &Metrics) {
+    match note {
+        Note::NodeKnown { instance, instance_type, addresses, from_ledger } => {
+            tracing::info!(instance, instance_type, addresses, from_ledger, "node known");
+        }
+        Note::ForeignLedger { ledger, node } => {
+            tracing::warn!(ledger, node, "the ledger is another instance's and was set aside");
+        }
+        Note::Grow { why, step } => tracing::info!(why, step, "growing the pool"),
+        Note::CannotGrow { why, reason } => tracing::warn!(why, reason, "the pool cannot grow"),
+        Note::Gained { eni, slots } => {
+            let slots = slots.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+            tracing::info!(%eni, slots, "addresses gained");
+        }
+        Note::EniMoved { eni, to, after_ms } => tracing::info!(%eni, to, after_ms, "eni"),
+        Note::CloudFailed { error, retry_in_ms } => {
+            metrics.error(&error.action);
+            let request_id = error.request_id.as_deref().unwrap_or("none");
+            tracing::warn!(
+                action = error.action,
+                code = error.code,
+                message = error.message,
+                request_id,
+                retry_in_ms,
+                "a call failed"
+            );
+        }
+        Note::Differs { eni, text } => tracing::warn!(%eni, text, "ec2 and the ledger differ; kept and fenced off"),
+        Note::CooldownYielded { address, rested_ms } => {
+            metrics.cooldown_yielded.inc();
+            tracing::info!(%address, rested_ms, "nothing else is free: a cooling address is given early");
+        }
+        Note::Repaired { text } => {
+            metrics.repairs.inc();
+            tracing::warn!(text, "put right in the kernel");
+        }
+        Note::KernelFailed { error } => {
+            metrics.error("kernel");
+            tracing::error!(error, "the node's data path could not be programmed");
+        }
+    }
+}

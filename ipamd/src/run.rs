@@ -1,0 +1,148 @@
+//! `ipamd run`: the composition root. Opens the ledger, starts the loop over it, serves, and stops in order.
+
+use std::fs::OpenOptions;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, anyhow};
+use flatwire_cloud::AwsCloud;
+use flatwire_core::ids::Time;
+use flatwire_core::pool::Pool;
+use flatwire_core::settings::Settings;
+use flatwire_kernel::node::NodeKernel;
+use flatwire_store::journal::Journal;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::RunArgs;
+use crate::driver::Driver;
+use crate::grpc::{self, Service};
+use crate::http::{self, Pages};
+use crate::metrics::Metrics;
+
+/// How long requests under way may take after a stop was asked for; the kubelet kills after more.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+
+pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    start_log(&args)?;
+    die_on_panic();
+    let settings = Settings::parse(|name| std::env::var(name).ok()).map_err(|refusals| {
+        let list: Vec<String> = refusals.iter().map(|r| format!("  {r}")).collect();
+        anyhow!("these settings are not allowed; nothing was started:\n{}", list.join("\n"))
+    })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(serve(args, settings))
+}
+
+async fn serve(args: RunArgs, settings: Settings) -> anyhow::Result<()> {
+    // The socket first: a second daemon must not touch the ledger of the first.
+    let listener = grpc::listen(&args.socket)?;
+    let (journal, opened) = Journal::open(&args.ledger)?;
+    if opened.dropped_bytes > 0 {
+        tracing::warn!(bytes = opened.dropped_bytes, "cut a torn last line off the ledger, the trace of a crash");
+    }
+    let metrics = Arc::new(Metrics::new()?);
+    let cloud = AwsCloud::connect(
+        flatwire_cloud::Config {
+            ec2_endpoint: args.ec2_endpoint.clone(),
+            imds_endpoint: args.imds_endpoint.clone(),
+            http_timeout: Duration::from_secs(args.http_timeout),
+            ..flatwire_cloud::Config::new(env!("CARGO_PKG_VERSION"))
+        },
+        metrics.clone(),
+    )?;
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = Time(u64::try_from(since_epoch.as_millis()).unwrap_or(0));
+    let seed = u64::from(since_epoch.subsec_nanos()) ^ (u64::from(std::process::id()) << 32);
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        pods = opened.state.pods.len(),
+        enis = opened.state.enis.len(),
+        policy = ?settings.policy,
+        mode = ?settings.mode,
+        "ipamd starts"
+    );
+    let driver = Driver {
+        pool: Pool::new(settings, opened.state, seed, now),
+        journal,
+        cloud: Arc::new(cloud),
+        kernel: Arc::new(NodeKernel::open()?),
+        runtime: tokio::runtime::Handle::current(),
+        metrics: metrics.clone(),
+        checkpoint: args.checkpoint.clone(),
+        release_queue: args.release_queue.clone(),
+    };
+    let pool = driver.start().context("start the pool's thread")?;
+    let pages = Pages { pool: pool.clone(), metrics: metrics.clone() };
+    if !args.disable_metrics {
+        tokio::spawn(http::serve("metrics", args.metrics, http::metrics_pages(pages.clone())));
+    }
+    if !args.disable_introspection {
+        tokio::spawn(http::serve("introspection", args.introspection, http::introspection_pages(pages)));
+    }
+    let service = Service { pool: pool.clone(), metrics, network_policy_mode: args.network_policy_mode.clone() };
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = tokio::spawn(grpc::serve(listener, service, async {
+        let _ = stopped.await;
+    }));
+    let why = stop_signal().await?;
+    tracing::info!(why, "stopping: no new requests, waiting pods are sent away");
+    let _ = stop.send(());
+    pool.stop().await;
+    if tokio::time::timeout(STOP_WITHIN, server).await.is_err() {
+        tracing::warn!(seconds = STOP_WITHIN.as_secs(), "requests were still under way");
+    }
+    match std::fs::remove_file(&args.socket) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => tracing::warn!(error = %e, "the socket stays behind"),
+        _ => {}
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn stop_signal() -> anyhow::Result<&'static str> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    })
+}
+
+/// A panic on any thread ends the daemon: half of one that still answers is worse than a restart, which serves from the ledger.
+fn die_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        tracing::error!(panic = %info, "a bug: ipamd ends and is to be started again");
+        report(info);
+        std::process::abort();
+    }));
+}
+
+/// JSON lines for machines, readable ones on a terminal.
+fn start_log(args: &RunArgs) -> anyhow::Result<()> {
+    let level = args.log_level.to_ascii_lowercase();
+    let filter = match level.as_str() {
+        "debug" | "info" | "warn" | "error" => {
+            EnvFilter::new(format!("{level},hyper=warn,h2=warn,aws=warn,tower=warn"))
+        }
+        _ => EnvFilter::try_new(&args.log_level).context("AWS_VPC_K8S_CNI_LOGLEVEL is not a level or filter")?,
+    };
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
+    match args.log_file.as_str() {
+        "stderr" if std::io::IsTerminal::is_terminal(&std::io::stderr()) => {
+            builder.with_writer(std::io::stderr).init();
+        }
+        "stderr" => builder.json().flatten_event(true).with_writer(std::io::stderr).init(),
+        "stdout" => builder.json().flatten_event(true).init(),
+        path => {
+            if let Some(folder) = std::path::Path::new(path).parent() {
+                std::fs::create_dir_all(folder).with_context(|| format!("create the log folder of {path}"))?;
+            }
+            let file =
+                OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("open {path}"))?;
+            builder.json().flatten_event(true).with_writer(Arc::new(file)).init();
+        }
+    }
+    Ok(())
+}

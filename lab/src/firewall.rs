@@ -1,0 +1,320 @@
+//! What a VPC's router does to packets beside routing them: the source check, the edge's one-to-one address
+//! translation, and the counters of what is dropped without a word. One nftables table per router, replaced whole in
+//! one transaction.
+//!
+//! Translation is stateless, as an internet gateway's is: the address in the packet is rewritten and nothing
+//! remembered.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use netlink_packet_core::{
+    DefaultNla, Emitable as _, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer,
+    NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_netfilter::nftables::{
+    ChainAttribute, ChainMessage, ExpressionAttribute, Expressions, Hook, InetHookNumber, ListAttribute,
+    NfTablesMessage, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
+};
+use netlink_packet_netfilter::none::ControlMessage;
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{Socket, SocketAddr};
+
+use crate::error::{Doing, Result};
+use crate::ns::Place;
+
+const TABLE: &str = "fabric";
+const SUBSYSTEM: u16 = 10;
+const NESTED: u16 = 0x8000;
+
+/// The rules of one router as data.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Firewall {
+    /// Links whose packets must carry a source that is routed back to them, each with the name it is counted under.
+    pub checked: BTreeMap<String, String>,
+    /// The link to the internet, if the VPC has a gateway.
+    pub edge: Option<String>,
+    /// Private addresses with a public one.
+    pub public: BTreeMap<Ipv4Addr, Ipv4Addr>,
+}
+
+/// Names of the counters that are not a link's.
+pub const UNASSIGNED: &str = "unassigned";
+pub const NO_PUBLIC: &str = "no-public";
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Rule {
+    chain: &'static str,
+    counted_as: String,
+    expressions: Vec<Expressions>,
+}
+
+impl Firewall {
+    fn rules(&self) -> Vec<Rule> {
+        let mut rules = Vec::new();
+        let mut rule = |chain, counted_as: &str, parts: &[&[Expressions]]| {
+            rules.push(Rule { chain, counted_as: counted_as.to_owned(), expressions: parts.concat() });
+        };
+        for (link, name) in &self.checked {
+            rule(
+                "arrive",
+                name,
+                &[&[meta(IIFNAME), equals(&link_name(link)), source_unroutable(), equals(&[0; 4])], &drop()],
+            );
+        }
+        if let Some(edge) = &self.edge {
+            let edge = link_name(edge);
+            for (private, public) in &self.public {
+                let from_edge = [meta(IIFNAME), equals(&edge), load(DESTINATION), equals(&public.octets())];
+                rule("arrive", "", &[&from_edge, &[value(&private.octets()), store(DESTINATION)]]);
+                let to_edge = [meta(OIFNAME), equals(&edge), load(SOURCE), equals(&private.octets())];
+                rule("pass", "", &[&to_edge, &[verdict(NF_ACCEPT)]]);
+                rule("leave", "", &[&to_edge, &[value(&public.octets()), store(SOURCE)]]);
+            }
+            rule("pass", NO_PUBLIC, &[&[meta(OIFNAME), equals(&edge)], &drop()]);
+        }
+        rule("arrive", "", &[&[destination_kind(), equals(&RTN_LOCAL.to_ne_bytes()), verdict(NF_ACCEPT)]]);
+        rule("arrive", UNASSIGNED, &[&[destination_unroutable(), equals(&[0; 4])], &drop()]);
+        rules
+    }
+
+    /// Replaces the router's table by this one, all or nothing.
+    pub fn install(&self, place: &Place) -> Result<()> {
+        let table = || TableMessage { attributes: vec![TableAttribute::Name(TABLE.into())] };
+        let create = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_ACK;
+        let mut batch = vec![
+            (create, NfTablesMessage::NewTable(table())),
+            (NLM_F_REQUEST | NLM_F_ACK, NfTablesMessage::DeleteTable(table())),
+            (create, NfTablesMessage::NewTable(table())),
+        ];
+        for (name, hook, priority) in [
+            ("arrive", InetHookNumber::PreRouting, -300i32),
+            ("pass", InetHookNumber::Forward, 0),
+            ("leave", InetHookNumber::PostRouting, 100),
+        ] {
+            let attributes = vec![
+                ChainAttribute::Table(TABLE.into()),
+                ChainAttribute::Name(name.into()),
+                ChainAttribute::Hook(vec![Hook::Number(hook.into()), Hook::Priority(priority.cast_unsigned())]),
+                ChainAttribute::Policy(NF_ACCEPT),
+                ChainAttribute::Type("filter".into()),
+            ];
+            batch.push((create, NfTablesMessage::NewChain(ChainMessage { attributes })));
+        }
+        for rule in self.rules() {
+            let mut attributes = vec![
+                RuleAttribute::Table(TABLE.into()),
+                RuleAttribute::Chain(rule.chain.into()),
+                RuleAttribute::Expressions(rule.expressions.into_iter().map(ListAttribute::from).collect()),
+            ];
+            if !rule.counted_as.is_empty() {
+                attributes.push(RuleAttribute::UserData(rule.counted_as.into_bytes()));
+            }
+            batch.push((create | NLM_F_APPEND, NfTablesMessage::NewRule(RuleMessage { attributes })));
+        }
+        place.run(|| transact(batch))?.doing(|| "replace the router's nftables".into())
+    }
+}
+
+/// Packets dropped so far, by the names rules are counted under.
+pub fn counters(place: &Place) -> Result<BTreeMap<String, u64>> {
+    let rules = place.run(dump_rules)?.doing(|| "read the router's nftables".into())?;
+    let mut counts = BTreeMap::new();
+    for rule in rules {
+        let mut name = None;
+        let mut packets = None;
+        for attribute in rule.attributes {
+            match attribute {
+                RuleAttribute::UserData(bytes) => name = String::from_utf8(bytes).ok(),
+                RuleAttribute::Expressions(list) => packets = list.iter().find_map(counted),
+                _ => {}
+            }
+        }
+        if let (Some(name), Some(packets)) = (name, packets) {
+            *counts.entry(name).or_default() += packets;
+        }
+    }
+    Ok(counts)
+}
+
+fn counted(element: &ListAttribute<ExpressionAttribute>) -> Option<u64> {
+    let ListAttribute::Element(attributes) = element else { return None };
+    attributes.iter().find_map(|attribute| match attribute {
+        ExpressionAttribute::Data(Expressions::Other { expression_type, attributes })
+            if expression_type == "counter" =>
+        {
+            attributes.iter().find(|nla| netlink_packet_core::Nla::kind(*nla) == 2).and_then(|nla| {
+                let mut bytes = [0; 8];
+                netlink_packet_core::Nla::emit_value(nla, bytes.get_mut(..netlink_packet_core::Nla::value_len(nla))?);
+                Some(u64::from_be_bytes(bytes))
+            })
+        }
+        _ => None,
+    })
+}
+
+// What follows is the vocabulary of nf_tables (include/uapi/linux/netfilter/nf_tables.h), as far as it is used above.
+// Register 1 carries every intermediate value.
+
+const REGISTER: u32 = 1;
+const NF_DROP: u32 = 0;
+const NF_ACCEPT: u32 = 1;
+const IIFNAME: u32 = 6;
+const OIFNAME: u32 = 7;
+const RTN_LOCAL: u32 = 2;
+/// Offsets in the IPv4 header.
+const SOURCE: u32 = 12;
+const DESTINATION: u32 = 16;
+const CHECKSUM: u32 = 10;
+
+fn expression(name: &str, attributes: Vec<DefaultNla>) -> Expressions {
+    Expressions::Other { expression_type: name.into(), attributes }
+}
+
+fn number(kind: u16, value: u32) -> DefaultNla {
+    DefaultNla::new(kind, value.to_be_bytes().to_vec())
+}
+
+fn nested(kind: u16, inner: &[DefaultNla]) -> DefaultNla {
+    let mut bytes = vec![0; inner.buffer_len()];
+    inner.emit(&mut bytes);
+    DefaultNla::new(kind | NESTED, bytes)
+}
+
+/// A link's name as the kernel compares it: padded to 16 bytes.
+fn link_name(name: &str) -> [u8; 16] {
+    let mut padded = [0; 16];
+    for (to, from) in padded.iter_mut().zip(name.bytes().take(15)) {
+        *to = from;
+    }
+    padded
+}
+
+fn meta(key: u32) -> Expressions {
+    expression("meta", vec![number(1, REGISTER), number(2, key)])
+}
+
+fn equals(bytes: &[u8]) -> Expressions {
+    let data = nested(3, &[DefaultNla::new(1, bytes.to_vec())]);
+    expression("cmp", vec![number(1, REGISTER), number(2, 0), data])
+}
+
+fn load(offset: u32) -> Expressions {
+    expression("payload", vec![number(1, REGISTER), number(2, 1), number(3, offset), number(4, 4)])
+}
+
+/// Writes an address into the IPv4 header and mends its checksum and, through the pseudo header, that of TCP or UDP.
+fn store(offset: u32) -> Expressions {
+    let place = [number(5, REGISTER), number(2, 1), number(3, offset), number(4, 4)];
+    let checksums = [number(6, 1), number(7, CHECKSUM), number(8, 1)];
+    expression("payload", [place.as_slice(), checksums.as_slice()].concat())
+}
+
+fn value(bytes: &[u8]) -> Expressions {
+    expression("immediate", vec![number(1, REGISTER), nested(2, &[DefaultNla::new(1, bytes.to_vec())])])
+}
+
+fn verdict(code: u32) -> Expressions {
+    expression("immediate", vec![number(1, 0), nested(2, &[nested(2, &[number(1, code)])])])
+}
+
+fn drop() -> [Expressions; 2] {
+    let zero = |kind| DefaultNla::new(kind, vec![0; 8]);
+    [expression("counter", vec![zero(1), zero(2)]), verdict(NF_DROP)]
+}
+
+/// Index of the link by which the source would be answered, looked up on the link the packet came from; 0 if there is
+/// no such route. `fib saddr . iif oif`.
+fn source_unroutable() -> Expressions {
+    expression("fib", vec![number(1, REGISTER), number(2, 1), number(3, 1 | 8)])
+}
+
+/// Index of the link that leads to the destination; 0 if none does, or the router is it. `fib daddr oif`.
+fn destination_unroutable() -> Expressions {
+    expression("fib", vec![number(1, REGISTER), number(2, 1), number(3, 2)])
+}
+
+/// Kind of the destination. `fib daddr type`; a route to nowhere does not show here.
+fn destination_kind() -> Expressions {
+    expression("fib", vec![number(1, REGISTER), number(2, 3), number(3, 2)])
+}
+
+fn message(family: NetfilterProtoFamily, inner: impl Into<NetfilterMessageInner>, flags: u16) -> Vec<u8> {
+    let resource = if family == NetfilterProtoFamily::Unspec { SUBSYSTEM } else { 0 };
+    let mut message = NetlinkMessage::from(NetfilterMessage::new(NetfilterHeader::new(family, 0, resource), inner));
+    message.header.flags = flags;
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    bytes
+}
+
+fn open() -> std::io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    // The kernel has answered by the time `send` returns, so an empty socket means that nothing is to come.
+    socket.set_non_blocking(true)?;
+    Ok(socket)
+}
+
+fn transact(batch: Vec<(u16, NfTablesMessage)>) -> std::io::Result<()> {
+    let socket = open()?;
+    let count = batch.len();
+    let mut bytes = message(NetfilterProtoFamily::Unspec, ControlMessage::BatchBegin, NLM_F_REQUEST);
+    for (flags, one) in batch {
+        bytes.extend(message(NetfilterProtoFamily::IPv4, one, flags));
+    }
+    bytes.extend(message(NetfilterProtoFamily::Unspec, ControlMessage::BatchEnd, NLM_F_REQUEST));
+    socket.set_rx_buf_sz(1u32 << 20)?;
+    socket.send(&bytes, 0)?;
+    let mut acknowledged = 0;
+    while acknowledged < count {
+        let (datagram, _) = socket.recv_from_full()?;
+        for reply in split(&datagram)? {
+            if let NetlinkPayload::Error(error) = reply.payload {
+                if error.code.is_some() {
+                    return Err(error.to_io());
+                }
+                acknowledged += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn dump_rules() -> std::io::Result<Vec<RuleMessage>> {
+    let socket = open()?;
+    let attributes = vec![RuleAttribute::Table(TABLE.into())];
+    let ask = NfTablesMessage::GetRule(RuleMessage { attributes });
+    socket.send(&message(NetfilterProtoFamily::IPv4, ask, NLM_F_REQUEST | NLM_F_DUMP), 0)?;
+    let mut rules = Vec::new();
+    loop {
+        let (datagram, _) = socket.recv_from_full()?;
+        for reply in split(&datagram)? {
+            match reply.payload {
+                NetlinkPayload::Done(_) => return Ok(rules),
+                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                NetlinkPayload::InnerMessage(NetfilterMessage {
+                    inner: NetfilterMessageInner::NfTables(NfTablesMessage::NewRule(rule)),
+                    ..
+                }) => rules.push(rule),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The messages of one datagram.
+fn split(datagram: &[u8]) -> std::io::Result<Vec<NetlinkMessage<NetfilterMessage>>> {
+    let garbled = |error: netlink_packet_core::DecodeError| std::io::Error::other(error.to_string());
+    let mut messages = Vec::new();
+    let mut rest = datagram;
+    while !rest.is_empty() {
+        let length = usize::try_from(NetlinkBuffer::new_checked(rest).map_err(garbled)?.length()).unwrap_or(usize::MAX);
+        messages.push(NetlinkMessage::deserialize(rest).map_err(garbled)?);
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(messages)
+}

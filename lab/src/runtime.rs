@@ -1,0 +1,247 @@
+//! A container runtime of the smallest kind: sandboxes that are network namespaces, wired by CNI plugins as containerd
+//! would call them. No processes run in a pod; its reflector answers for it.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use flatwire_kernel::Netlink;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::Command;
+
+use crate::ctl::PodInfo;
+use crate::error::{Doing, Error, Result};
+use crate::node::Node;
+use crate::ns::Place;
+use crate::probe::Reflector;
+
+const CONFLIST: &str = "/etc/cni/net.d/10-aws.conflist";
+const BIN_DIR: &str = "/opt/cni/bin";
+const IF_NAME: &str = "eth0";
+const NAMESPACE: &str = "default";
+
+/// The kubelet gives up on a sandbox after two minutes; so does this.
+const PLUGIN_SECS: u64 = 120;
+
+/// The sandboxes of one node.
+#[derive(Debug, Default)]
+pub struct Pods {
+    all: Mutex<BTreeMap<String, Pod>>,
+}
+
+#[derive(Debug)]
+struct Pod {
+    id: String,
+    place: Place,
+    path: PathBuf,
+    result: Value,
+    info: PodInfo,
+    _reflector: Reflector,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verb {
+    Add,
+    Del,
+}
+
+impl Verb {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Del => "DEL",
+        }
+    }
+}
+
+impl Pods {
+    pub fn list(&self) -> Vec<PodInfo> {
+        self.lock().values().map(|pod| pod.info.clone()).collect()
+    }
+
+    pub fn find(&self, name: &str) -> Option<(Place, Ipv4Addr)> {
+        self.lock().get(name).map(|pod| (pod.place.clone(), pod.info.address))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Pod>> {
+        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Creates a sandbox on the node and has the node's plugins wire it.
+pub async fn add(node: &Node, name: &str) -> Result<PodInfo> {
+    if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+        return Err(Error::refused(format!("{name:?} is no name for a pod")));
+    }
+    if node.pods.find(name).is_some() {
+        return Err(Error::refused(format!("{} has a pod {name} already", node.name)));
+    }
+    let id = sandbox_id(&node.name, name);
+    let path = PathBuf::from(format!("/var/run/netns/cni-{}", id.get(..12).unwrap_or(&id)));
+    let place = node.place().new_at(&path)?;
+    Netlink::in_namespace(&place.netns()?)?.set_up("lo").await?;
+
+    let start = Instant::now();
+    let added = chain(node, Verb::Add, name, &id, &path, None).await;
+    let took = start.elapsed();
+    let address = added.and_then(|result| Ok((address_of(&result)?, result)));
+    let (address, result) = match address {
+        Ok(wired) => wired,
+        Err(error) => {
+            // As a runtime does after a failed ADD. The first error is the one to tell.
+            let _ = chain(node, Verb::Del, name, &id, &path, None).await;
+            let _ = node.place().unmount(&path);
+            return Err(error);
+        }
+    };
+    let reflector = Reflector::start(&place)?;
+    let info = PodInfo {
+        node: node.name.clone(),
+        name: name.to_owned(),
+        address,
+        netns: path.display().to_string(),
+        add_ms: took.as_secs_f64() * 1e3,
+    };
+    let pod = Pod { id, place, path, result, info: info.clone(), _reflector: reflector };
+    node.pods.lock().insert(name.to_owned(), pod);
+    Ok(info)
+}
+
+/// Has the plugins let go of the sandbox, then removes it. Returns how long the plugins took, in milliseconds.
+pub async fn del(node: &Node, name: &str) -> Result<f64> {
+    let pod = node.pods.lock().remove(name);
+    let pod = pod.ok_or_else(|| Error::refused(format!("{} has no pod {name}", node.name)))?;
+    let start = Instant::now();
+    let deleted = chain(node, Verb::Del, name, &pod.id, &pod.path, Some(&pod.result)).await;
+    let took = start.elapsed();
+    if let Err(error) = deleted {
+        node.pods.lock().insert(name.to_owned(), pod);
+        return Err(error);
+    }
+    let path = pod.path.clone();
+    // The reflector's sockets hold the namespace too.
+    drop(pod);
+    node.place().unmount(&path)?;
+    Ok(took.as_secs_f64() * 1e3)
+}
+
+/// 64 hex digits, as containerd's ids are; a name used again gets another one.
+fn sandbox_id(node: &str, name: &str) -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    hex::encode(Sha256::digest(format!("{node}/{name}/{count}")))
+}
+
+/// Runs the plugins of the node's configuration: in order for ADD, in reverse for DEL.
+async fn chain(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, last: Option<&Value>) -> Result<Value> {
+    let text = node.place().run(|| std::fs::read_to_string(CONFLIST))?.doing(|| format!("read {CONFLIST}"))?;
+    let conflist: Value = serde_json::from_str(&text).doing(|| CONFLIST.into())?;
+    let plugins = conflist["plugins"].as_array().cloned().unwrap_or_default();
+    let mut result = last.cloned();
+    let ordered: Vec<Value> = match verb {
+        Verb::Add => plugins,
+        Verb::Del => plugins.into_iter().rev().collect(),
+    };
+    for mut config in ordered {
+        config["cniVersion"] = conflist["cniVersion"].clone();
+        config["name"] = conflist["name"].clone();
+        if let Some(result) = &result {
+            config["prevResult"] = result.clone();
+        }
+        if config["capabilities"]["io.kubernetes.cri.pod-annotations"] == json!(true) {
+            config["runtimeConfig"] = json!({ "io.kubernetes.cri.pod-annotations": {} });
+        }
+        let made = call(node, verb, pod, id, netns, &config).await?;
+        if verb == Verb::Add {
+            result = Some(made);
+        }
+    }
+    Ok(result.unwrap_or(Value::Null))
+}
+
+async fn call(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, config: &Value) -> Result<Value> {
+    let kind = config["type"].as_str().unwrap_or_default().to_owned();
+    let failed =
+        |code, message: String| Error::Cni { verb: verb.name(), pod: format!("{}/{pod}", node.name), code, message };
+    let args = format!(
+        "IgnoreUnknown=1;K8S_POD_NAMESPACE={NAMESPACE};K8S_POD_NAME={pod};K8S_POD_INFRA_CONTAINER_ID={id};\
+         K8S_POD_UID={}",
+        uid(id)
+    );
+    let mut child = node
+        .place()
+        .run_in_runtime(|| {
+            Command::new(Path::new(BIN_DIR).join(&kind))
+                .env_clear()
+                .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+                .env("CNI_COMMAND", verb.name())
+                .env("CNI_CONTAINERID", id)
+                .env("CNI_NETNS", netns)
+                .env("CNI_IFNAME", IF_NAME)
+                .env("CNI_PATH", BIN_DIR)
+                .env("CNI_ARGS", &args)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .kill_on_drop(true)
+                .spawn()
+        })?
+        .doing(|| format!("start the plugin {kind}"))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A plugin that ends without reading has its say on standard output.
+        let _ = stdin.write_all(config.to_string().as_bytes()).await;
+    }
+    let output = tokio::time::timeout(Duration::from_secs(PLUGIN_SECS), child.wait_with_output())
+        .await
+        .map_err(|_| Error::Deadline { what: format!("{} by {kind}", verb.name()), seconds: PLUGIN_SECS })?
+        .doing(|| format!("wait for the plugin {kind}"))?;
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    if output.status.success() {
+        return Ok(said);
+    }
+    let text = |key: &str| said[key].as_str().unwrap_or_default().to_owned();
+    let message = match (text("msg"), text("details")) {
+        (msg, _) if msg.is_empty() => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        (msg, details) if details.is_empty() => msg,
+        (msg, details) => format!("{msg}; {details}"),
+    };
+    Err(failed(said["code"].as_i64().unwrap_or(-1), message))
+}
+
+fn uid(id: &str) -> String {
+    let part = |range: std::ops::Range<usize>| id.get(range).unwrap_or_default().to_owned();
+    [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
+}
+
+/// The pod's address: the first of the result.
+fn address_of(result: &Value) -> Result<Ipv4Addr> {
+    let text = result["ips"][0]["address"].as_str().unwrap_or_default();
+    let bare = text.split('/').next().unwrap_or_default();
+    bare.parse().map_err(|_| Error::refused(format!("the plugin's result carries no IPv4 address: {result}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_is_the_first_of_the_result() {
+        let result = json!({ "ips": [{ "interface": 1, "address": "10.0.17.25/32" }] });
+        assert_eq!(address_of(&result).unwrap(), Ipv4Addr::new(10, 0, 17, 25));
+        assert!(address_of(&json!({})).is_err());
+    }
+
+    #[test]
+    fn ids_look_like_containerds() {
+        let (a, b) = (sandbox_id("n", "p"), sandbox_id("n", "p"));
+        assert_eq!(a.len(), 64);
+        assert_ne!(a, b);
+        assert_eq!(uid(&a).len(), 36);
+    }
+}
