@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that building and testing need, and says so. Does nothing when they are there.
 #   ip, nft            the independent judges of what the kernel holds (tests only; Flatwire itself executes neither)
-#   cc, make           aws-lc, the TLS library under the AWS SDK, is C
+#   cc, cmake          aws-lc, the TLS library under the AWS SDK, is C
+#   git, kill          the rules of the repository are tests, and daemons are killed in tests
 #   python3-venv       the AWS CLI, boto3, moto and LocalStack run in private virtual environments
 set -euo pipefail
 command -v cargo >/dev/null || { echo "deps: Rust is missing; install it first (rustup, stable 1.95 or later)" >&2; exit 2; }
@@ -11,6 +12,8 @@ command -v nft >/dev/null || need+=(nftables)
 command -v cc >/dev/null || need+=(build-essential)
 command -v cmake >/dev/null || need+=(cmake)
 command -v python3 >/dev/null || need+=(python3)
+command -v git >/dev/null || need+=(git)
+command -v kill >/dev/null && [ -x /bin/kill ] || need+=(procps)
 python3 -c 'import ensurepip' 2>/dev/null || need+=(python3-venv)
 [ ${#need[@]} -eq 0 ] && exit 0
 as_root=()

@@ -44,18 +44,33 @@ pub async fn run(call: &Call, log: &Log) -> Result<Option<Value>, Failure> {
             log.line(Level::Debug, "wired", &[("addresses", json!(addresses)), ("links", json!(links))]);
             Ok(Some(pod::result(call, prefix, mtu, &granted).encode(call.conf.version, previous)))
         }
-        Err(failure) => {
+        Err((failure, Undone::Wholly)) => {
             release(call, &mut ipamd, log).await;
             Err(failure)
         }
+        // What still stands keeps its address: the DEL that follows takes both.
+        Err((failure, Undone::InPart)) => Err(failure),
     }
 }
 
-async fn set_up(call: &Call, prefix: &str, mtu: u32, reply: &AddNetworkReply) -> Result<Vec<Granted>, Failure> {
+/// Whether the kernel is as it was before.
+enum Undone {
+    Wholly,
+    InPart,
+}
+
+async fn set_up(
+    call: &Call,
+    prefix: &str,
+    mtu: u32,
+    reply: &AddNetworkReply,
+) -> Result<Vec<Granted>, (Failure, Undone)> {
     if reply.pod_vlan_id != 0 {
-        return Err(Failure::NotOffered { pod: pod::title(call), wish: "security groups of its own (a branch ENI)" });
+        let wish = "security groups of its own (a branch ENI)";
+        return Err((Failure::NotOffered { pod: pod::title(call), wish }, Undone::Wholly));
     }
-    let granted = pod::granted(call, prefix, &reply.ip_allocation_metadata)?;
+    let granted =
+        pod::granted(call, prefix, &reply.ip_allocation_metadata).map_err(|failure| (failure, Undone::Wholly))?;
     let mut wired = 0;
     let outcome = match timeout(WIRE, wiring::wire_all(call, mtu, &granted, &mut wired)).await {
         Ok(Ok(())) => enforce(call, &reply.network_policy_mode, granted.len()).await,
@@ -67,8 +82,8 @@ async fn set_up(call: &Call, prefix: &str, mtu: u32, reply: &AddNetworkReply) ->
         }
     };
     if let Err(failure) = outcome {
-        wiring::unwire_granted(call, granted.get(..wired).unwrap_or_default()).await;
-        return Err(failure);
+        let clean = wiring::unwire_granted(call, granted.get(..wired).unwrap_or_default()).await;
+        return Err((failure, if clean { Undone::Wholly } else { Undone::InPart }));
     }
     Ok(granted)
 }

@@ -8,7 +8,8 @@ use flatwire_proto::cni_backend_client::CniBackendClient;
 use flatwire_proto::np_backend_client::NpBackendClient;
 use flatwire_proto::{
     AddNetworkReply, AddNetworkRequest, Attachment, CheckNetworkReply, CheckNetworkRequest, DelNetworkReply,
-    DelNetworkRequest, DeleteNpRequest, EnforceNpRequest, GcNetworkReply, GcNetworkRequest, StatusReply, StatusRequest,
+    DelNetworkRequest, DeleteNpRequest, EnforceNpRequest, GcNetworkReply, GcNetworkRequest, StaleAttachment,
+    StatusReply, StatusRequest,
 };
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
@@ -33,6 +34,8 @@ pub const POLICY_CALL: Duration = Duration::from_secs(2);
 /// A unix socket connects at once or not at all, unless the peer's queue is full.
 pub const CONNECT: Duration = Duration::from_secs(1);
 
+/// The reason of a release by GC; a pod that is gone, as the add-on would count it.
+const STALE: &str = "PodDeleted";
 const IPAMD: &str = "ipamd";
 const POLICY_AGENT: &str = "the network policy agent";
 
@@ -111,6 +114,21 @@ impl Daemon {
             valid.into_iter().map(|a| Attachment { container_id: a.container_id, if_name: a.ifname }).collect();
         let request = GcNetworkRequest { network_name: network.to_owned(), valid_attachments };
         self.peer.within("GcNetwork", GC_CALL, self.client.gc_network(request)).await
+    }
+
+    /// Releases an attachment that GC has taken down.
+    pub async fn release_stale(&mut self, network: &str, stale: &StaleAttachment) -> Result<(), Failure> {
+        let request = DelNetworkRequest {
+            pod_name: stale.pod_name.clone(),
+            pod_namespace: stale.pod_namespace.clone(),
+            reason: STALE.to_owned(),
+            if_name: stale.if_name.clone(),
+            network_name: network.to_owned(),
+            container_id: stale.container_id.clone(),
+            ..Default::default()
+        };
+        let reply = self.peer.within("DelNetwork", DEL_CALL, self.client.del_network(request)).await?;
+        if reply.success { Ok(()) } else { Err(Failure::from_daemon("DelNetwork", reply.failure)) }
     }
 
     /// Whether an ADD could be served, or nothing from a daemon that does not offer the call: it answers, which is all

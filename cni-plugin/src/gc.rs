@@ -1,8 +1,9 @@
-//! GC: ipamd releases every attachment of the network that is not in the list, and what it released is taken down here.
-//! Errors are collected; everything that can go, goes.
+//! GC: ipamd names every attachment of the network that is not in the list; each is taken down in the kernel and then
+//! released. Errors are collected; everything that can go, goes, and what stays is named again by the next GC.
 
 use std::time::Duration;
 
+use flatwire_proto::StaleAttachment;
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
@@ -23,26 +24,36 @@ pub async fn run(call: &Call, log: &Log) -> Result<Option<Value>, Failure> {
     let reply = ipamd.gc(&call.conf.name, valid).await?;
     let mut errors = Vec::new();
     let until = Instant::now() + TAKE_DOWN;
-    for released in &reply.released {
-        let names = Names::of_released(released);
-        let title = format!("container {} interface {}", released.container_id, released.if_name);
-        for (index, entry) in (0..=u8::MAX).zip(&released.ip_allocation_metadata).take(pod::MAX_INTERFACES) {
-            let address = [&entry.ipv4_addr, &entry.ipv6_addr].into_iter().find_map(|text| text.parse().ok());
-            let teardown = Teardown {
-                host_if: names.host_if(prefix, index),
-                pod_if: pod::pod_if(&released.if_name, index),
-                addresses: address.into_iter().collect(),
-            };
-            let late = || Failure::KernelLate { done: "taken down", pod: title.clone(), after: TAKE_DOWN };
-            let outcome = timeout_at(until, wiring::unwire(&title, None, teardown)).await;
-            errors.extend(outcome.unwrap_or_else(|_| Err(late())).err());
-        }
+    for stale in &reply.stale {
+        let title = format!("container {} interface {}", stale.container_id, stale.if_name);
+        let late = || Failure::KernelLate { done: "taken down", pod: title.clone(), after: TAKE_DOWN };
+        let taken_down = timeout_at(until, take_down(prefix, &title, stale)).await.unwrap_or_else(|_| Err(late()));
+        // Kernel before ledger, as for DEL: what still stands keeps its address.
+        let outcome = match taken_down {
+            Ok(()) => ipamd.release_stale(&call.conf.name, stale).await,
+            Err(failure) => Err(failure),
+        };
+        errors.extend(outcome.err().filter(|failure| !failure.is_unknown_sandbox()));
     }
-    let count = reply.released.len();
+    let count = reply.stale.len();
     log.line(Level::Info, "stale attachments removed", &[("count", count.into()), ("errors", json!(errors.len()))]);
-    // Last, so that what was released is taken down although ipamd could not release everything.
+    // Last, so that what was named is removed although ipamd could not name everything.
     if let Some(failure) = reply.failure {
         errors.push(Failure::from_daemon("GcNetwork", Some(failure)));
     }
     if errors.is_empty() { Ok(None) } else { Err(Failure::Gc { errors }) }
+}
+
+async fn take_down(prefix: &str, title: &str, stale: &StaleAttachment) -> Result<(), Failure> {
+    let names = Names::of_stale(stale);
+    for (index, entry) in (0..=u8::MAX).zip(&stale.ip_allocation_metadata).take(pod::MAX_INTERFACES) {
+        let address = [&entry.ipv4_addr, &entry.ipv6_addr].into_iter().find_map(|text| text.parse().ok());
+        let teardown = Teardown {
+            host_if: names.host_if(prefix, index),
+            pod_if: pod::pod_if(&stale.if_name, index),
+            addresses: address.into_iter().collect(),
+        };
+        wiring::unwire(title, None, teardown).await?;
+    }
+    Ok(())
 }

@@ -42,11 +42,11 @@ impl Names {
     }
 
     /// The same names for an attachment that GC names.
-    pub fn of_released(released: &flatwire_proto::Released) -> Self {
-        if released.if_name == PRIMARY_IF && !released.pod_name.is_empty() && !released.pod_namespace.is_empty() {
-            Self { first: released.pod_namespace.clone(), second: released.pod_name.clone() }
+    pub fn of_stale(stale: &flatwire_proto::StaleAttachment) -> Self {
+        if stale.if_name == PRIMARY_IF && !stale.pod_name.is_empty() && !stale.pod_namespace.is_empty() {
+            Self { first: stale.pod_namespace.clone(), second: stale.pod_name.clone() }
         } else {
-            Self { first: released.container_id.clone(), second: released.if_name.clone() }
+            Self { first: stale.container_id.clone(), second: stale.if_name.clone() }
         }
     }
 
@@ -242,7 +242,7 @@ mod tests {
         result(&call, "eni", 8951, &granted).encode(version, None)
     }
 
-    /// The example of the dossier, byte for byte but for the routes, which the add-on leaves out.
+    /// The add-on's own example, byte for byte but for the routes, which the add-on leaves out.
     #[test]
     fn the_result_is_the_add_ons() {
         let mut result = encoded(CniVersion::V0_4_0, &[metadata("10.0.17.25", 2, 1)]);

@@ -7,13 +7,12 @@
 //!
 //! **A release must not hit a later ADD.** Some runtimes restart a container under its old id, so a file can name a
 //! sandbox that lives again. Therefore ADD removes the file first, on disk, and only then asks for an address; and ipamd
-//! releases only what it can prove to be dead: in one step, not interleaved with an ADD of the same sandbox, it removes
-//! the file (somebody else having removed it means: do nothing) and releases an allocation that was last granted before
-//! `queued_at_ms`. Then, whichever comes first:
+//! lists the folder and releases what it listed in one step of its loop, which takes no request in between, and skips an
+//! allocation that was granted after `queued_at_ms`. Then, whichever comes first:
 //!
-//! * ADD removes the file first: ipamd finds none, nothing is released.
-//! * ipamd removes the file first: its release ends before it looks at the AddNetwork that follows, which is granted anew.
-//! * ipamd read the file long before and ADD came between: the removal fails, or the grant is younger than the file.
+//! * ADD removes the file before ipamd lists: nothing is released.
+//! * ipamd lists first: its release has ended before it looks at the AddNetwork that follows, which is granted anew.
+//! * The file stayed although its sandbox lives again (the removal failed): the grant is younger than the file.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};

@@ -87,9 +87,11 @@ pub async fn wire_all(call: &Call, mtu: u32, granted: &[Granted], done: &mut usi
     Ok(())
 }
 
-/// Takes down what a failed ADD has made. Its errors are not told: the first failure is, and DEL follows.
-pub async fn unwire_granted(call: &Call, granted: &[Granted]) {
+/// Takes down what a failed ADD has made; false if something of it may still stand. Its errors are not told: the first
+/// failure is, and DEL follows.
+pub async fn unwire_granted(call: &Call, granted: &[Granted]) -> bool {
     let all = async {
+        let mut clean = true;
         for one in granted.iter().rev() {
             let teardown = PodUnwiring {
                 netns: call.netns.clone(),
@@ -97,10 +99,11 @@ pub async fn unwire_granted(call: &Call, granted: &[Granted]) {
                 host_if: one.host_if.clone(),
                 addresses: vec![one.address],
             };
-            let _ = kernel::unwire(&teardown).await;
+            clean &= kernel::unwire(&teardown).await.is_ok();
         }
+        clean
     };
-    let _ = timeout(UNDO, all).await;
+    timeout(UNDO, all).await.unwrap_or(false)
 }
 
 /// Takes down all interfaces of a pod, the last one first; goes on after an error and tells the first.

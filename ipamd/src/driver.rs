@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use flatwire_core::ids::{SandboxId, Time};
 use flatwire_core::ledger::Record;
@@ -28,6 +28,8 @@ pub const MAX_REQUESTS: usize = 2_048;
 const MAX_BATCH: usize = 256;
 /// The add-on's checkpoint follows the ledger by at most this.
 const CHECKPOINT_DELAY: Duration = Duration::from_millis(200);
+/// The longest a programming of the node may take.
+const KERNEL_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the folder of queued releases is looked at.
 const RELEASES_EVERY: Duration = Duration::from_secs(2);
 
@@ -127,6 +129,8 @@ struct Loop<C, K> {
     sender: Sender<Input>,
     replies: BTreeMap<RequestId, ReplyTo>,
     next_request: Arc<AtomicU64>,
+    /// Wall time and running time at the start: time goes on evenly from there, whatever is done to the clock.
+    started: (Time, Instant),
     last: Time,
     checkpoint_due: Option<Time>,
     releases_due: Time,
@@ -144,12 +148,17 @@ impl<C: Cloud, K: Kernel> Driver<C, K> {
             next_request: next_request.clone(),
             under_way: Arc::new(AtomicUsize::new(0)),
         };
+        // A clock set back between two lives must not make the past lie ahead.
+        let ledger = self.pool.ledger();
+        let stamps = ledger.pods.values().map(|a| a.at).chain(ledger.freed.values().copied());
+        let newest = stamps.max().unwrap_or_default();
         let mut the_loop = Loop {
             driver: self,
             inputs,
             sender,
             replies: BTreeMap::new(),
             next_request,
+            started: (newest.max(wall_clock()), Instant::now()),
             last: Time::default(),
             checkpoint_due: None,
             releases_due: Time::default(),
@@ -189,10 +198,10 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
             Err(RecvTimeoutError::Timeout) => events.push(Event::Tick),
             Err(RecvTimeoutError::Disconnected) => unreachable!("invariant: the loop holds a sender itself"),
         }
-        while events.len() < MAX_BATCH && self.stopping.is_none() {
+        for _ in 0..MAX_BATCH {
             match self.inputs.try_recv() {
-                Ok(input) => self.take(input, &mut events),
-                Err(_) => break,
+                Ok(input) if self.stopping.is_none() => self.take(input, &mut events),
+                _ => break,
             }
         }
         events
@@ -253,7 +262,9 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
 
     /// The records of a batch could not be written: callers are told, and calls that hang on them are not made.
     fn take_back(&mut self, records: Vec<Record>, commands: Vec<Command>, why: &str) {
-        let mut events = vec![Event::PersistFailed { records }];
+        // Now and not as an event: inputs that wait already must not be judged by what never became true.
+        self.driver.pool.persist_failed(records);
+        let mut events = Vec::new();
         for command in commands {
             match command {
                 Command::Persist(_) => {}
@@ -292,11 +303,14 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
             Command::Kernel { op, plan } => {
                 let (kernel, sender) = (self.driver.kernel.clone(), self.sender.clone());
                 self.driver.runtime.spawn(async move {
-                    let result = match kernel.apply(&plan).await {
-                        Ok(report) => kernel.pod_routes().await.map(|routes| (report, routes)),
-                        Err(error) => Err(error),
+                    let work = async {
+                        let report = kernel.apply(&plan).await?;
+                        Ok((report, kernel.pod_routes().await?))
                     };
-                    let result = result.map_err(|error| notes::chain(&error));
+                    let result = match tokio::time::timeout(KERNEL_DEADLINE, work).await {
+                        Ok(result) => result.map_err(|error: K::Error| notes::chain(&error)),
+                        Err(_) => Err(format!("the kernel has not answered within {} s", KERNEL_DEADLINE.as_secs())),
+                    };
                     let _ = sender.send(Input::Event(Event::Kernel { op, result }));
                 });
             }
@@ -388,14 +402,23 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
     }
 
     fn is_stale(&self, release: &releases::QueuedRelease) -> bool {
+        // The plugin wrote wall time; the pool's time differs from it by what was done to the clock since the start.
+        let ahead = self.last.since_ms(wall_clock());
+        let behind = wall_clock().since_ms(self.last);
+        let queued_at = (release.queued_at_ms + ahead).saturating_sub(behind);
         let held = self.driver.pool.ledger().pods.get(&release.sandbox());
-        held.is_some_and(|allocation| allocation.at.0 > release.queued_at_ms)
+        held.is_some_and(|allocation| allocation.at.0 > queued_at)
     }
 
-    /// Wall time that never runs backwards within one life of the daemon.
+    /// The pool's time: wall time at the start, and even from there.
     fn now(&mut self) -> Time {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.last = self.last.max(Time(u64::try_from(since.as_millis()).unwrap_or(u64::MAX)));
+        let (start, running) = self.started;
+        self.last = start.plus_ms(u64::try_from(running.elapsed().as_millis()).unwrap_or(u64::MAX));
         self.last
     }
+}
+
+fn wall_clock() -> Time {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Time(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -14,8 +14,8 @@ use flatwire_proto::cni_backend_server::{CniBackend, CniBackendServer};
 use flatwire_proto::config_server_backend_server::{ConfigServerBackend, ConfigServerBackendServer};
 use flatwire_proto::{
     AddNetworkReply, AddNetworkRequest, CheckNetworkReply, CheckNetworkRequest, DelNetworkReply, DelNetworkRequest,
-    Failure, GcNetworkReply, GcNetworkRequest, IpAllocationMetadata, NetworkPolicyAgentConfigReply, Reason, Released,
-    StatusReply, StatusRequest,
+    Failure, GcNetworkReply, GcNetworkRequest, IpAllocationMetadata, NetworkPolicyAgentConfigReply, Reason,
+    StaleAttachment, StatusReply, StatusRequest,
 };
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::{Stream, StreamExt};
@@ -181,20 +181,20 @@ impl CniBackend for Service {
             request.valid_attachments.into_iter().map(|a| (a.container_id, a.if_name)).collect();
         let network = request.network_name;
         match self.pool.ask(move |request| Event::Gc { request, network, valid }).await {
-            Ok(Answer::Collected(dead)) => {
-                for allocation in &dead {
-                    tracing::info!(sandbox = %allocation.sandbox, address = %allocation.address, "released by gc");
+            Ok(Answer::Stale(stale)) => {
+                for allocation in &stale {
+                    tracing::info!(sandbox = %allocation.sandbox, address = %allocation.address, "stale, says the runtime");
                 }
-                let released = dead.into_iter().map(|a| Released {
+                let stale = stale.into_iter().map(|a| StaleAttachment {
                     container_id: a.sandbox.container_id.clone(),
                     if_name: a.sandbox.if_name.clone(),
                     pod_name: a.pod.name.clone(),
                     pod_namespace: a.pod.namespace.clone(),
                     ip_allocation_metadata: vec![metadata(&a)],
                 });
-                Ok(Response::new(GcNetworkReply { released: released.collect(), failure: None }))
+                Ok(Response::new(GcNetworkReply { stale: stale.collect(), failure: None }))
             }
-            Ok(other) => Ok(Response::new(GcNetworkReply { released: Vec::new(), failure: Some(failure_of(other)) })),
+            Ok(other) => Ok(Response::new(GcNetworkReply { stale: Vec::new(), failure: Some(failure_of(other)) })),
             Err(error) => Err(unavailable(&error)),
         }
     }

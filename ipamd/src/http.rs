@@ -13,6 +13,7 @@ use flatwire_core::netplan::{PRIMARY_MARK, PortChoice, Snat};
 use flatwire_core::pool::PoolStatus;
 use flatwire_core::target::Policy;
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
 
 use crate::driver::Handle;
 use crate::metrics::Metrics;
@@ -45,11 +46,16 @@ pub fn introspection_pages(pages: Pages) -> Router {
         .with_state(pages)
 }
 
-/// Serves for as long as the daemon lives. Never fatal: pods come first.
-pub async fn serve(name: &'static str, address: SocketAddr, pages: Router) {
+/// Binds once before it returns, and serves for as long as the daemon lives. Never fatal: pods come first.
+pub async fn start(name: &'static str, address: SocketAddr, pages: Router) {
+    let bound = TcpListener::bind(address).await;
+    tokio::spawn(serve(name, address, pages, bound));
+}
+
+async fn serve(name: &'static str, address: SocketAddr, pages: Router, mut bound: std::io::Result<TcpListener>) {
     let mut wait = Duration::from_secs(1);
     loop {
-        let outcome = match tokio::net::TcpListener::bind(address).await {
+        let outcome = match bound {
             Ok(listener) => axum::serve(listener, pages.clone()).await,
             Err(error) => Err(error),
         };
@@ -58,6 +64,7 @@ pub async fn serve(name: &'static str, address: SocketAddr, pages: Router) {
         }
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(LONGEST_RETRY);
+        bound = TcpListener::bind(address).await;
     }
 }
 

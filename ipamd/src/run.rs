@@ -35,8 +35,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
 }
 
 async fn serve(args: RunArgs, settings: Settings) -> anyhow::Result<()> {
-    // The socket first: a second daemon must not touch the ledger of the first.
-    let listener = grpc::listen(&args.socket)?;
+    // The ledger's lock first: a second daemon must touch neither the ledger nor the socket of the first.
     let (journal, opened) = Journal::open(&args.ledger)?;
     if opened.dropped_bytes > 0 {
         tracing::warn!(bytes = opened.dropped_bytes, "cut a torn last line off the ledger, the trace of a crash");
@@ -75,11 +74,13 @@ async fn serve(args: RunArgs, settings: Settings) -> anyhow::Result<()> {
     let pool = driver.start().context("start the pool's thread")?;
     let pages = Pages { pool: pool.clone(), metrics: metrics.clone() };
     if !args.disable_metrics {
-        tokio::spawn(http::serve("metrics", args.metrics, http::metrics_pages(pages.clone())));
+        http::start("metrics", args.metrics, http::metrics_pages(pages.clone())).await;
     }
     if !args.disable_introspection {
-        tokio::spawn(http::serve("introspection", args.introspection, http::introspection_pages(pages)));
+        http::start("introspection", args.introspection, http::introspection_pages(pages)).await;
     }
+    // The socket last: whoever finds it finds everything else in place.
+    let listener = grpc::listen(&args.socket)?;
     let service = Service { pool: pool.clone(), metrics, network_policy_mode: args.network_policy_mode.clone() };
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(grpc::serve(listener, service, async {
@@ -88,13 +89,14 @@ async fn serve(args: RunArgs, settings: Settings) -> anyhow::Result<()> {
     let why = stop_signal().await?;
     tracing::info!(why, "stopping: no new requests, waiting pods are sent away");
     let _ = stop.send(());
-    pool.stop().await;
-    if tokio::time::timeout(STOP_WITHIN, server).await.is_err() {
-        tracing::warn!(seconds = STOP_WITHIN.as_secs(), "requests were still under way");
-    }
+    // While the ledger's lock is held: afterwards the path may be the next daemon's.
     match std::fs::remove_file(&args.socket) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => tracing::warn!(error = %e, "the socket stays behind"),
         _ => {}
+    }
+    pool.stop().await;
+    if tokio::time::timeout(STOP_WITHIN, server).await.is_err() {
+        tracing::warn!(seconds = STOP_WITHIN.as_secs(), "requests were still under way");
     }
     tracing::info!("stopped");
     Ok(())

@@ -135,7 +135,7 @@ fn end(world: &mut Child, dir: &Path) {
     // inside has ended.
     let _ = world.kill();
     let _ = world.wait();
-    let _ = fs::remove_dir_all(dir);
+    let _ = remove(dir);
     // Succeeds for the last lab only.
     let _ = fs::remove_dir(base());
 }
@@ -166,6 +166,13 @@ fn open_lock(dir: &Path) -> Result<File> {
     OpenOptions::new().create(true).truncate(false).write(true).open(&path).doing(|| format!("open {}", path.display()))
 }
 
+/// Removes a lab's folder: its own files, and nothing that somebody else put there.
+fn remove(dir: &Path) -> Result<()> {
+    sweep(dir)?;
+    fs::remove_file(dir.join(LOCK)).doing(|| format!("remove the lock in {}", dir.display()))?;
+    fs::remove_dir(dir).doing(|| format!("remove {}", dir.display()))
+}
+
 fn sweep(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).doing(|| format!("read {}", dir.display()))? {
         let entry = entry.doing(|| format!("read {}", dir.display()))?;
@@ -187,8 +194,10 @@ pub fn clean() -> Result<Vec<String>> {
     let mut gone = Vec::new();
     for entry in entries {
         let dir = entry.doing(|| format!("read {}", base.display()))?.path();
-        if open_lock(&dir)?.try_lock().is_ok() {
-            fs::remove_dir_all(&dir).doing(|| format!("remove {}", dir.display()))?;
+        // A folder without a lock is not a lab's, and is left alone.
+        let Ok(lock) = File::options().write(true).open(dir.join(LOCK)) else { continue };
+        if lock.try_lock().is_ok() {
+            remove(&dir)?;
             gone.push(dir.file_name().unwrap_or_default().to_string_lossy().into_owned());
         }
     }

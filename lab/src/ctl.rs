@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::Ipv4Net;
 pub use lab_ec2::Delays;
@@ -272,6 +273,8 @@ impl Control {
     pub fn connect(dir: &Path) -> Result<Self> {
         let path = dir.join("control.sock");
         let stream = UnixStream::connect(&path).doing(|| format!("reach the lab at {}; is it up?", path.display()))?;
+        // Longer than anything a lab does; a world that is stuck is told of rather than waited for.
+        stream.set_read_timeout(Some(Duration::from_secs(180))).doing(|| "limit the wait for the lab".into())?;
         Ok(Self { stream: BufReader::new(stream) })
     }
 

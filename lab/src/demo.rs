@@ -161,6 +161,7 @@ pub fn run(demo: &Demo) -> Result<bool> {
     let view = lab.view()?;
     println!("\n{}", picture::tree(&info));
     let pods: Vec<PodInfo> = lab.ask(&Request::Pods)?;
+    print_adds(&nodes, &pods);
     check_spread(&mut stage, &view, &info, &pods);
 
     let pairs = matrix(&mut lab, &mut stage, &info, &view, &pods, &nodes)?;
@@ -226,6 +227,18 @@ fn add_pods(lab: &Lab, nodes: &[String], count: usize) -> Result<Vec<f64>> {
         }
         Ok(all)
     })
+}
+
+/// How long each ADD took, in the order of asking: the ones that waited for EC2 stand out.
+fn print_adds(nodes: &[String], pods: &[PodInfo]) {
+    println!("ADD in ms, pod by pod");
+    for node in nodes {
+        let mut of_node: Vec<&PodInfo> = pods.iter().filter(|pod| pod.node == *node).collect();
+        of_node.sort_by_key(|pod| pod.name.rsplit('-').next().and_then(|n| n.parse::<u32>().ok()));
+        let times: Vec<String> = of_node.iter().map(|pod| format!("{:.0}", pod.add_ms)).collect();
+        println!("  {node}  {}", times.join(" "));
+    }
+    println!();
 }
 
 /// Every pod's address is EC2's, on an ENI of the pod's own node, nobody else's, and never the ENI's own.
@@ -392,7 +405,7 @@ fn silent_ones(lab: &mut Lab, from: &str, targets: &[String]) -> Result<BTreeSet
     Ok(probes.into_iter().filter(|probe| probe.seen.is_none()).map(|probe| probe.to).collect())
 }
 
-/// Deletes every pod, then looks in all three places for what may have stayed.
+/// Deletes every pod and looks in all three places for what may have stayed; then ends the nodes, and looks in the cloud.
 fn empty(lab: &mut Lab, stage: &mut Stage, pods: &[PodInfo], nodes: &[String]) -> Result<()> {
     let mut took = Vec::new();
     for pod in pods {
@@ -430,10 +443,30 @@ fn empty(lab: &mut Lab, stage: &mut Stage, pods: &[PodInfo], nodes: &[String]) -
             .sum();
         stage.check(held == in_cloud, || format!("{node}'s ledger holds {held} addresses, EC2 {in_cloud}"));
         stage.say(&format!(
-            "{node}: kernel without pods, ledger without pods, and {held} addresses in both ledger and EC2"
+            "{node}: kernel without pods, ledger without pods, and {held} warm addresses in both ledger and EC2"
         ));
     }
+    let before: BTreeSet<String> = nodes_enis(lab, nodes)?;
+    for node in nodes {
+        lab.ask::<()>(&Request::NodeRemove { node: node.clone() })?;
+    }
+    lab.settle()?;
+    let left: Vec<String> =
+        lab.view()?.enis.iter().map(|eni| eni.id.to_string()).filter(|id| before.contains(id)).collect();
+    stage.check(left.is_empty(), || format!("EC2 still has {} of the nodes: {}", left.len(), left.join(", ")));
+    stage.say(&format!(
+        "{} terminated: EC2 has deleted their {} ENIs with every address",
+        nodes.join(" and "),
+        before.len()
+    ));
     Ok(())
+}
+
+/// Every ENI that is on one of the nodes.
+fn nodes_enis(lab: &mut Lab, nodes: &[String]) -> Result<BTreeSet<String>> {
+    let info: Info = lab.ask(&Request::Info)?;
+    let of_nodes = info.nodes.iter().filter(|node| nodes.contains(&node.name));
+    Ok(of_nodes.flat_map(|node| node.enis.iter().map(|eni| eni.id.clone())).collect())
 }
 
 fn veths(lab: &Lab, node: &str) -> Result<Vec<String>> {

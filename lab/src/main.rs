@@ -300,6 +300,13 @@ fn down(lab: &Name) -> Result<()> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+    if dir.exists() {
+        return Err(lab::error::Error::refused(format!(
+            "{} was asked to end and has not within 5 s; see {}",
+            lab.name,
+            dir.display()
+        )));
+    }
     println!("{} is down", lab.name);
     Ok(())
 }

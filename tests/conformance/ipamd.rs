@@ -36,7 +36,7 @@ pub struct State {
     pub refuse_without_reason: bool,
     /// DEL ends in this gRPC error.
     pub del_error: Option<Status>,
-    /// GC tells this beside what it released.
+    /// GC tells this beside what it names.
     pub gc_failure: Option<Failure>,
     /// Calls that only Flatwire has end in "unimplemented", as with the add-on's daemon.
     pub is_the_add_on: bool,
@@ -211,18 +211,18 @@ impl CniBackend for Server {
         let live = |key: &Key| request.valid_attachments.iter().any(|a| a.container_id == key.1 && a.if_name == key.2);
         let stale: Vec<Key> =
             state.held.keys().filter(|key| key.0 == request.network_name && !live(key)).cloned().collect();
-        let mut released = Vec::new();
+        let mut named = Vec::new();
         for key in stale {
             let asked = state.adds.iter().rev().find(|add| add.container_id == key.1).cloned().unwrap_or_default();
-            released.push(Released {
-                ip_allocation_metadata: state.held.remove(&key).unwrap_or_default(),
+            named.push(StaleAttachment {
+                ip_allocation_metadata: state.held.get(&key).cloned().unwrap_or_default(),
                 container_id: key.1,
                 if_name: key.2,
                 pod_name: asked.pod_name,
                 pod_namespace: asked.pod_namespace,
             });
         }
-        Ok(Response::new(GcNetworkReply { released, failure: state.gc_failure.clone() }))
+        Ok(Response::new(GcNetworkReply { stale: named, failure: state.gc_failure.clone() }))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {

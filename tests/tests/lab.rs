@@ -489,7 +489,7 @@ fn nothing_is_left_when_the_lab_is_killed() {
     let sleeps = || !processes(|line| line == format!("sleep\0{mark}\0")).is_empty();
     eventually("the process inside runs", sleeps);
 
-    let killed = Command::new("kill").args(["-9", &lab.pid().to_string()]).status().unwrap();
+    let killed = Command::new("/bin/kill").args(["-9", &lab.pid().to_string()]).status().unwrap();
     assert!(killed.success());
     let all = || processes(|line| line.contains(&spec.name));
     eventually("every process of the lab is gone", || !sleeps() && all().iter().all(|pid| is_zombie(pid)));
@@ -514,7 +514,7 @@ fn clean_removes_what_a_killed_lab_left_and_spares_the_living() {
     let (dead, alive) = (spec(), spec());
     let killed = start(&dead);
     let mut living = start(&alive);
-    assert!(Command::new("kill").args(["-9", &killed.pid().to_string()]).status().unwrap().success());
+    assert!(Command::new("/bin/kill").args(["-9", &killed.pid().to_string()]).status().unwrap().success());
     drop(killed);
     let said = Command::new(binary("lab")).arg("clean").output().unwrap();
     assert!(String::from_utf8_lossy(&said.stdout).contains(&dead.name), "{said:?}");

@@ -205,6 +205,36 @@ fn a_node_launched_with_prefixes_serves_its_pods_without_an_ec2_call() {
     assert!(!metrics.contains("fn=\"AssignPrivateIpAddresses\""), "{metrics}");
 }
 
+/// What an operator and a probe see of a node that serves.
+#[test]
+fn the_daemon_shows_itself() {
+    let mut lab = start(vec![node("m5.large", &[])]);
+    let pod = lab.pod_add("node-1", "web").unwrap();
+    let ipamd = lab.ipamd().unwrap();
+    let table = lab.run("node-1", &[&ipamd, "status"]).unwrap();
+    assert!(table.contains("1 of 3 ENIs") && table.contains("1 pods"), "{table}");
+    let row = table.lines().find(|line| line.starts_with("default/web ")).unwrap_or_else(|| panic!("{table}"));
+    assert!(row.contains(&pod.address.to_string()), "{row}");
+    let mode = lab.run("node-1", &["stat", "-c", "%a %F", "/var/run/aws-node/ipamd.sock"]).unwrap();
+    assert_eq!(mode.trim(), "660 socket");
+    let get = |port: u16, path: &str| {
+        let script =
+            format!("exec 3<>/dev/tcp/127.0.0.1/{port}; printf 'GET {path} HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3");
+        lab.run("node-1", &["bash", "-c", &script]).unwrap()
+    };
+    assert!(get(61678, "/healthz").contains(" 200 ") && get(61678, "/readyz").contains(" 200 "));
+    let enis = get(61679, "/v1/enis");
+    let body: Value = serde_json::from_str(enis.split_once("\r\n\r\n").unwrap().1).unwrap();
+    assert_eq!(body["0"]["AssignedIPs"], 1, "the add-on's shape: {body}");
+    assert!(get(61679, "/").contains("AvailableCommands"));
+    let second = lab.exec("node-1", &[&ipamd, "run"]).unwrap();
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(!second.status.success() && said.contains("is held by another ipamd"), "{said}");
+    let refused = lab.exec("node-1", &["env", "WARM_IP_TARGET=many", &ipamd, "run"]).unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("WARM_IP_TARGET=\"many\" is not allowed"), "{said}");
+}
+
 /// The AWS CLI takes one pod's address away and gives it back; that pod's traffic, and no other's, follows.
 #[test]
 fn the_aws_cli_unassigns_one_pods_address_and_exactly_its_traffic_stops() {

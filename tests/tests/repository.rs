@@ -15,7 +15,7 @@ fn read(path: &str) -> String {
 /// Every file of the repository with this ending, by git, so that nothing built is looked at.
 fn files(ending: &str) -> Vec<String> {
     let output = Command::new("git")
-        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .args(["-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard"])
         .current_dir(root())
         .output()
         .expect("git starts");
@@ -150,11 +150,44 @@ fn links_between_documents_hold() {
 /// Unfinished marks, paths of a machine and credentials have no place in what others clone.
 #[test]
 fn nothing_unfinished_and_nothing_of_one_machine() {
-    let marks = ["TO".to_owned() + "DO", "FIX".to_owned() + "ME", "/ro".to_owned() + "ot/", "/wo".to_owned() + "rk/"];
+    let marks = [
+        "TO".to_owned() + "DO",
+        "DEMO_".to_owned() + "OUTPUT",
+        "FIX".to_owned() + "ME",
+        "/ro".to_owned() + "ot/",
+        "/wo".to_owned() + "rk/",
+    ];
     for file in [".rs", ".sh", ".md", ".toml", ".py", ".yml", "Makefile"].iter().flat_map(|e| files(e)) {
         let text = read(&file);
         for mark in &marks {
             assert!(!text.contains(mark.as_str()), "{file} contains {mark}");
         }
+    }
+}
+
+/// The plugin is copied to every node and started for every pod: one static file under 4 MB.
+#[test]
+fn the_plugin_is_static_and_small() {
+    if std::env::var_os("FLATWIRE_BIN_DIR").is_none() {
+        println!(
+            "SKIPPED the plugin's size: FLATWIRE_BIN_DIR is not set, so there is no release binary (make test sets it)"
+        );
+        return;
+    }
+    let plugin = flatwire_tests::binary("aws-cni");
+    let bytes = std::fs::metadata(&plugin).unwrap().len();
+    assert!(bytes < 4_000_000, "{} has {bytes} bytes", plugin.display());
+    let output = Command::new("ldd").arg(&plugin).output().expect("ldd starts");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("statically linked") || said.contains("not a dynamic executable"), "{said}");
+}
+
+#[test]
+fn every_document_is_listed() {
+    let index = read("docs/README.md");
+    for file in files(".md").iter().filter(|f| f.starts_with("docs/") && *f != "docs/README.md") {
+        let name = file.trim_start_matches("docs/");
+        assert!(index.contains(&format!("]({name})")), "docs/README.md does not list {name}");
     }
 }

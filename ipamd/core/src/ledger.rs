@@ -99,6 +99,8 @@ pub struct Creation {
     pub token: String,
     pub subnet: SubnetId,
     pub want: Want,
+    pub security_groups: Vec<SecurityGroupId>,
+    pub tags: BTreeMap<String, String>,
     pub since: Time,
 }
 

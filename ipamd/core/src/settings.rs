@@ -27,7 +27,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "prng", "port choice of source translation: prng, hashrandom or none"),
     ("AWS_VPC_CNI_NODE_PORT_SUPPORT", "true", "keep replies to node ports on the ENI they came in by"),
     ("AWS_VPC_ENI_MTU", "9001", "MTU of the ENIs in bytes (576 to 9001)"),
-    ("AWS_VPC_K8S_CNI_VETHPREFIX", "eni", "host veth prefix, 1 to 4 characters, not eth, lo or vlan"),
+    ("AWS_VPC_K8S_CNI_VETHPREFIX", "eni", "host veth prefix, 1 to 4 characters that no link of the node begins with"),
     ("ADDITIONAL_ENI_TAGS", "{}", "JSON object of further tags on ENIs we create"),
     ("CLUSTER_NAME", "", "adds the cluster's tags to ENIs we create"),
     ("DISABLE_NETWORK_RESOURCE_PROVISIONING", "false", "never change anything in EC2; serve what the node has"),
@@ -175,8 +175,14 @@ impl<L: Fn(&str) -> Option<String>> Parser<'_, L> {
         let variable = "AWS_VPC_K8S_CNI_VETHPREFIX";
         let Some(value) = self.text(variable) else { return "eni".to_owned() };
         let well_formed = value.len() <= 4 && value.bytes().all(|b| b.is_ascii_alphanumeric());
-        if !well_formed || ["eth", "lo", "vlan"].contains(&value.as_str()) {
-            self.refuse(variable, &value, "1 to 4 letters or digits, not eth, lo or vlan");
+        // The prefix tells pods' links from the node's own, whose names begin so.
+        let of_the_node = ["eth", "ens", "enp", "eno", "enx", "lo", "vlan"].iter().any(|name| name.starts_with(&value));
+        if !well_formed || of_the_node {
+            self.refuse(
+                variable,
+                &value,
+                "1 to 4 letters or digits that no link of the node begins with (eth, ens, lo…)",
+            );
         }
         value
     }
@@ -237,7 +243,7 @@ mod tests {
             ("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "dice"),
             ("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "10.0.0.0/33"),
             ("AWS_VPC_ENI_MTU", "9002"),
-            ("AWS_VPC_K8S_CNI_VETHPREFIX", "vlan"),
+            ("AWS_VPC_K8S_CNI_VETHPREFIX", "en"),
             ("ADDITIONAL_ENI_TAGS", "{\"a\":1}"),
             ("IP_COOLDOWN_PERIOD", "soon"),
         ];

@@ -279,8 +279,16 @@ async fn look(host: &Netlink, unwiring: &PodUnwiring, netns: Option<&Netns>) -> 
         Err(e) if !e.is_absent() => return Err(e),
         answers => first_link(&answers.unwrap_or_default()).filter(Link::is_veth),
     };
-    // A namespace without a number and an address without a route are both answered with an error.
-    let mut answer = || outcomes.next().and_then(Result::ok).unwrap_or_default();
+    // A namespace without a number and an address without a route are both answered with an error, which means absent.
+    let mut answers = Vec::new();
+    for outcome in outcomes {
+        answers.push(match outcome {
+            Err(e) if is_no_answer(&e) => return Err(e),
+            answer => answer.unwrap_or_default(),
+        });
+    }
+    let mut answers = answers.into_iter();
+    let mut answer = || answers.next().unwrap_or_default();
     let nsid = parse_nsid(&answer()).filter(|_| netns.is_some());
     // Only a route to this very address counts, and not the default route.
     let routes: Vec<(IpAddr, Option<u32>)> = unwiring
@@ -332,6 +340,13 @@ async fn delete_further_rules(host: &Netlink, address: IpAddr) -> Result<(), Ker
 }
 
 /// The host end is not where its name says, but the pod may still have its own.
+/// The kernel did not say what is so; anything else it says here means that there is none.
+fn is_no_answer(error: &KernelError) -> bool {
+    use nix::errno::Errno;
+    let passing = [Errno::EPERM, Errno::EACCES, Errno::ENOBUFS, Errno::ENOMEM, Errno::EINTR, Errno::EAGAIN, Errno::EBUSY];
+    !error.is_absent() && error.errno().is_none_or(|errno| passing.contains(&errno))
+}
+
 async fn delete_pod_end(netns: &Netns, unwiring: &PodUnwiring) -> Result<(), KernelError> {
     let pod = Netlink::in_namespace(netns)?;
     let Some(link) = pod.link(&unwiring.pod_if).await?.filter(Link::is_veth) else { return Ok(()) };

@@ -32,7 +32,7 @@ fn unwiring(wiring: &PodWiring) -> PodUnwiring {
 }
 
 #[test]
-fn a_wired_pod_has_the_shape_of_the_dossier() {
+fn a_wired_pod_has_the_add_ons_shape() {
     in_testbed(|| async {
         let (path, _) = add_netns("pod");
         let wiring = wiring(&path, "a", "10.0.1.7");

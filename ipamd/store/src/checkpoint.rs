@@ -75,7 +75,7 @@ pub fn render(state: &LedgerState) -> String {
 
 /// Replaces the file, atomically.
 pub fn write(path: &Path, state: &LedgerState) -> Result<(), StoreError> {
-    replace(path, render(state).as_bytes()).map(drop)
+    replace(path, render(state).as_bytes())
 }
 
 #[cfg(test)]

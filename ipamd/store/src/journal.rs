@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use flatwire_core::ledger::{LedgerState, Record};
 
-use crate::{StoreError, io_error, replace};
+use crate::{StoreError, flush_folder_of, io_error, replace, write_beside};
 
 const HEADER: &str = "flatwire-journal/1";
 /// Rewritten once it has this many lines more than its shortest form.
@@ -19,6 +19,11 @@ pub const COMPACT_AFTER: usize = 2_000;
 pub struct Journal {
     path: PathBuf,
     file: File,
+    /// Beside the journal and held for life, so that it holds whatever file the journal is at the moment. The kernel lets go
+    /// of it when the process ends, however that ends.
+    _lock: File,
+    /// A rename whose folder could not be flushed: until it is, a crash might bring the old file back.
+    unflushed: bool,
     /// Length up to which every byte is flushed and valid.
     valid_len: u64,
     lines: usize,
@@ -40,20 +45,22 @@ impl Journal {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(io_error("create folder", folder))?;
         }
+        // Before reading: what another daemon appends while it ends must be seen.
+        let lock = lock(path)?;
         let bytes = match fs::read(path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(io_error("read", path)(e)),
         };
         let parsed = parse(&bytes).map_err(|(line, why)| StoreError::Damaged { path: path.to_owned(), line, why })?;
-        let file = if parsed.valid_len == 0 {
-            replace(path, line(HEADER).as_bytes())?
-        } else {
-            OpenOptions::new().append(true).open(path).map_err(io_error("open", path))?
-        };
-        let file = reopen_locked(path, file)?;
+        if parsed.valid_len == 0 {
+            replace(path, line(HEADER).as_bytes())?;
+        }
+        let file = OpenOptions::new().append(true).open(path).map_err(io_error("open", path))?;
         let valid_len = if parsed.valid_len == 0 { header_len() } else { parsed.valid_len };
-        let mut journal = Self { path: path.to_owned(), file, valid_len, lines: parsed.records.len(), torn: true };
+        let lines = parsed.records.len();
+        let mut journal =
+            Self { path: path.to_owned(), file, _lock: lock, unflushed: false, valid_len, lines, torn: true };
         journal.cut_torn_tail()?;
         let dropped_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX).saturating_sub(parsed.valid_len);
         Ok((journal, Opened { state: LedgerState::replay(&parsed.records), dropped_bytes }))
@@ -67,13 +74,25 @@ impl Journal {
             let json = serde_json::to_string(record).expect("invariant: records are plain data and always serialise");
             text.push_str(&line(&json));
         }
+        if self.unflushed {
+            flush_folder_of(&self.path)?;
+            self.unflushed = false;
+        }
         self.torn = true;
-        self.file.write_all(text.as_bytes()).map_err(io_error("append to", &self.path))?;
-        self.file.sync_data().map_err(io_error("flush", &self.path))?;
+        if let Err(error) = self.write(&text) {
+            // At once if it can be: a crash must not bring back what was refused.
+            let _ = self.cut_torn_tail();
+            return Err(error);
+        }
         self.torn = false;
         self.valid_len += u64::try_from(text.len()).unwrap_or(0);
         self.lines += records.len();
         Ok(())
+    }
+
+    fn write(&mut self, text: &str) -> Result<(), StoreError> {
+        self.file.write_all(text.as_bytes()).map_err(io_error("append to", &self.path))?;
+        self.file.sync_data().map_err(io_error("flush", &self.path))
     }
 
     /// Rewrites the journal to its shortest form when it has grown long.
@@ -92,11 +111,16 @@ impl Journal {
         for record in &records {
             text.push_str(&line(&serde_json::to_string(record).expect("invariant: records always serialise")));
         }
-        let file = replace(&self.path, text.as_bytes())?;
-        self.file = reopen_locked(&self.path, file)?;
+        let (beside, file) = write_beside(&self.path, text.as_bytes())?;
+        fs::rename(&beside, &self.path).map_err(io_error("rename into place", &self.path))?;
+        // From here on this is the journal, whatever fails.
+        self.file = file;
         self.valid_len = u64::try_from(text.len()).unwrap_or(0);
         self.lines = records.len();
         self.torn = false;
+        self.unflushed = true;
+        flush_folder_of(&self.path)?;
+        self.unflushed = false;
         Ok(())
     }
 
@@ -110,14 +134,15 @@ impl Journal {
     }
 }
 
-/// The lock is on the open file, so it ends with the process however that ends.
-fn reopen_locked(path: &Path, fresh: File) -> Result<File, StoreError> {
-    drop(fresh);
-    let file = OpenOptions::new().append(true).open(path).map_err(io_error("open", path))?;
+fn lock(path: &Path) -> Result<File, StoreError> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".lock");
+    let beside = PathBuf::from(beside);
+    let file = OpenOptions::new().create(true).append(true).open(&beside).map_err(io_error("open", &beside))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(StoreError::Locked { path: path.to_owned() }),
-        Err(std::fs::TryLockError::Error(e)) => Err(io_error("lock", path)(e)),
+        Err(std::fs::TryLockError::Error(e)) => Err(io_error("lock", &beside)(e)),
     }
 }
 
@@ -142,10 +167,11 @@ fn parse(bytes: &[u8]) -> Result<Parsed, (usize, String)> {
     let mut offset = 0usize;
     for (number, raw) in bytes.split_inclusive(|b| *b == b'\n').enumerate() {
         offset += raw.len();
-        match (check(raw).and_then(|text| read(number, text)), &bad) {
+        match (check(raw), &bad) {
             (Ok(_), Some((at, why))) => return Err((*at, why.clone())),
-            (Ok(record), None) => {
-                records.extend(record);
+            (Ok(text), None) => {
+                // Whole, and not understood: another version's record, and no trace of a crash.
+                records.extend(read(number, text).map_err(|why| (number + 1, why))?);
                 valid_len = offset;
             }
             (Err(why), None) => bad = Some((number + 1, why)),
@@ -220,6 +246,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (_held, _) = Journal::open(&journal(dir.path())).unwrap();
         assert!(matches!(Journal::open(&journal(dir.path())), Err(StoreError::Locked { .. })));
+    }
+
+    #[test]
+    fn a_whole_record_of_another_version_is_refused_and_not_cut_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = journal(dir.path());
+        let (mut j, _) = Journal::open(&path).unwrap();
+        j.append(&[allocation(1)]).unwrap();
+        drop(j);
+        let mut text = fs::read_to_string(&path).unwrap();
+        text.push_str(&line(r#"{"from_the_future":{}}"#));
+        fs::write(&path, &text).unwrap();
+        assert!(matches!(Journal::open(&path), Err(StoreError::Damaged { line: 3, .. })));
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
     }
 
     #[test]

@@ -8,7 +8,7 @@ pub mod checkpoint;
 pub mod journal;
 pub mod releases;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -33,16 +33,25 @@ fn io_error<'p>(action: &'static str, path: &'p Path) -> impl FnOnce(io::Error) 
 
 /// Replaces a file so that a crash leaves the old content or the new, never a mixture: write beside, flush, rename, flush
 /// the folder.
-fn replace(path: &Path, content: &[u8]) -> Result<File, StoreError> {
+fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
+    let (beside, _) = write_beside(path, content)?;
+    fs::rename(&beside, path).map_err(io_error("rename into place", path))?;
+    flush_folder_of(path)
+}
+
+/// Writes and flushes the file that is to take `path`'s place; returns it open for appending.
+fn write_beside(path: &Path, content: &[u8]) -> Result<(PathBuf, File), StoreError> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".tmp");
     let beside = PathBuf::from(beside);
-    let mut file = File::create(&beside).map_err(io_error("create", &beside))?;
+    match fs::remove_file(&beside) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &beside)(e)),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().create(true).append(true).open(&beside).map_err(io_error("create", &beside))?;
     file.write_all(content).map_err(io_error("write", &beside))?;
     file.sync_all().map_err(io_error("flush", &beside))?;
-    fs::rename(&beside, path).map_err(io_error("rename into place", path))?;
-    flush_folder_of(path)?;
-    Ok(file)
+    Ok((beside, file))
 }
 
 fn flush_folder_of(path: &Path) -> Result<(), StoreError> {

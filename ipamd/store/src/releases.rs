@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{StoreError, io_error};
 
-/// Files looked at in one pass; the next pass takes the rest.
+/// Releases taken in one pass; the next pass takes the rest.
 pub const MAX_PER_PASS: usize = 256;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,14 +56,22 @@ pub fn list(folder: &Path) -> Result<Vec<Queued>, StoreError> {
     let paths = entries.filter_map(|entry| entry.ok().map(|e| e.path()));
     let mut paths: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
     paths.sort();
-    paths.truncate(MAX_PER_PASS);
     let read = |path: PathBuf| {
         let release = fs::read(&path)
             .map_err(|e| e.to_string())
             .and_then(|bytes| serde_json::from_slice(&bytes).map_err(|e| e.to_string()));
         Queued { path, release }
     };
-    Ok(paths.into_iter().map(read).collect())
+    // What cannot be read does not stand in the way of what can.
+    let mut readable = 0;
+    Ok(paths
+        .into_iter()
+        .map(read)
+        .take_while(|queued| {
+            readable += usize::from(queued.release.is_ok());
+            readable <= MAX_PER_PASS
+        })
+        .collect())
 }
 
 /// Takes a settled release out of the queue. Absent means done.

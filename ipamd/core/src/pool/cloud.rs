@@ -10,7 +10,12 @@ use crate::ids::{AttachmentId, DeviceIndex, EniId, Time};
 use crate::ledger::{EniRecord, NodeFacts, Progress, Record};
 use crate::limits;
 use crate::pick;
-use crate::ports::{CloudError, CloudErrorKind, CloudReply, CloudRequest, EniKind, EniStatus, EniView, Metadata};
+use crate::ports::{CloudError, CloudErrorKind, CloudReply, CloudRequest, EniKind, EniStatus, EniView, Metadata, Want};
+
+/// When EC2 and the ledger differ, EC2 is asked again after this.
+pub const VERIFY_AGAIN_MS: u64 = 30_000;
+/// An ENI EC2 says it does not know is believed gone only when it is older than this; a new one may not be visible yet.
+const VISIBLE_AFTER_MS: u64 = 60_000;
 
 /// Tag with which an operator takes an ENI out of our hands.
 pub const NO_MANAGE_TAG: &str = "node.k8s.amazonaws.com/no_manage";
@@ -42,7 +47,7 @@ impl Pool {
         out: &mut Out,
     ) {
         // An answer to a question nobody remembers (asked before a restart of this state) changes nothing.
-        let Some((op, _)) = self.ops.remove(&id) else { return };
+        let Some((op, asked_at)) = self.ops.remove(&id) else { return };
         match (op, result) {
             (op, Err(error)) => self.cloud_refused(op, error, now, out),
             (Op::Metadata, Ok(CloudReply::Metadata(metadata))) => self.metadata_arrived(metadata, now, out),
@@ -50,10 +55,10 @@ impl Pool {
                 self.recovered(&Subject::Action("DescribeInstanceTypes".to_owned()));
                 self.limits = Some(limits);
             }
-            (Op::Verify, Ok(CloudReply::Node(views))) => self.node_verified(&views, now, out),
+            (Op::Verify, Ok(CloudReply::Node(views))) => self.node_verified(&views, asked_at, now, out),
             (Op::ReadBack(_), Ok(CloudReply::Eni(view))) => {
                 self.recovered(&Subject::Action("DescribeNetworkInterfaces".to_owned()));
-                self.compare_slots(&view, now, out);
+                self.compare_slots(&view, asked_at, now, out);
             }
             (Op::Create { token }, Ok(CloudReply::Created(view))) => self.eni_created(&token, &view, now, out),
             (Op::Attach(eni), Ok(CloudReply::Attached { attachment })) => {
@@ -63,8 +68,11 @@ impl Pool {
                 self.recovered(&Subject::Eni(eni.clone()));
                 self.advance(&eni, Progress::Settled, "settled", now, out);
             }
-            (Op::Assign { eni, .. }, Ok(CloudReply::Assigned(slots))) => {
+            (Op::Assign { eni, want }, Ok(CloudReply::Assigned(slots))) => {
                 self.recovered(&Subject::Eni(eni.clone()));
+                if matches!(want, Want::Prefixes(_)) {
+                    self.recovered(&Subject::EniPrefixes(eni.clone()));
+                }
                 self.recovered(&Subject::Action("AssignPrivateIpAddresses".to_owned()));
                 if let Some(subnet) = self.ledger.enis.get(&eni).map(|record| record.subnet.clone()) {
                     self.recovered(&Subject::Subnet(subnet));
@@ -127,13 +135,19 @@ impl Pool {
         self.imds = metadata.enis.iter().map(|eni| (eni.id.clone(), eni.clone())).collect();
         if first_boot {
             // Nothing was ever given up on this node, so what IMDS shows on the primary ENI may be served at once.
+            self.verify_due |= metadata.enis.len() > 1;
+        }
+        if !self.ledger.enis.contains_key(&primary.id) {
             self.adopt(&primary, now, out);
-            self.verify_due = metadata.enis.len() > 1;
         }
         for view in &metadata.enis {
             let known = self.ledger.slots.get(&view.id).cloned().unwrap_or_default();
             if let Some(live) = self.live.get_mut(&view.id) {
                 live.quarantined = view.slots.difference(&known).copied().collect();
+                // IMDS may lag, so this fences until EC2 has spoken, and forgets nothing.
+                if self.verify_due {
+                    live.missing = known.difference(&view.slots).copied().collect();
+                }
                 self.verify_due |= !live.quarantined.is_empty();
             }
         }
@@ -144,9 +158,10 @@ impl Pool {
     }
 
     /// EC2's own list of this instance's ENIs: adopts what is ours and unknown, reports what differs, deletes nothing.
-    fn node_verified(&mut self, views: &[EniView], now: Time, out: &mut Out) {
+    fn node_verified(&mut self, views: &[EniView], asked_at: Time, now: Time, out: &mut Out) {
         self.recovered(&Subject::Action("DescribeNetworkInterfaces".to_owned()));
         self.verify_due = false;
+        self.unadopted = false;
         self.foreign_devices.clear();
         for view in views {
             if !is_ours(view) {
@@ -160,13 +175,20 @@ impl Pool {
             } else {
                 self.adopt(view, now, out);
             }
-            self.compare_slots(view, now, out);
+            self.compare_slots(view, asked_at, now, out);
         }
         let seen: BTreeSet<&EniId> = views.iter().map(|view| &view.id).collect();
         for (id, eni) in &self.ledger.enis {
             let Some(live) = self.live.get_mut(id) else { continue };
+            if live.changed_at >= asked_at && !seen.contains(id) {
+                continue;
+            }
+            let was_gone = live.gone;
             live.gone = eni.progress >= Progress::Attached && !seen.contains(id);
             if live.gone {
+                self.verify_at = Some(now.plus_ms(VERIFY_AGAIN_MS));
+            }
+            if live.gone && !was_gone {
                 out.note(Note::Differs { eni: id.clone(), text: "EC2 does not show it on this instance".to_owned() });
             }
         }
@@ -175,10 +197,14 @@ impl Pool {
     /// An ENI that is there and that the ledger does not know.
     fn adopt(&mut self, view: &EniView, now: Time, out: &mut Out) {
         let Some(subnet_cidr) = self.subnet_cidr(view) else {
-            // Without the subnet's CIDR there is no gateway; IMDS will show it, and the next look adopts it.
-            out.note(Note::Differs { eni: view.id.clone(), text: "its subnet is not known yet".to_owned() });
-            self.metadata_read = false;
-            self.verify_due = true;
+            // Without the subnet's CIDR there is no gateway. IMDS may show it later; until then the ENI only takes a place.
+            let text = "the IPv4 CIDR of its subnet is not known; it is not used".to_owned();
+            out.note(Note::Differs { eni: view.id.clone(), text });
+            if view.card == 0 {
+                self.foreign_devices.insert(view.device);
+            }
+            self.unadopted = true;
+            self.verify_at = Some(now.plus_ms(VERIFY_AGAIN_MS));
             return;
         };
         // IMDS does not show whether an ENI goes with its instance; the primary does, as the launch arranged it.
@@ -222,12 +248,21 @@ impl Pool {
     }
 
     /// What EC2 shows on an ENI against what the ledger says: more is adopted, less is fenced off and reported.
-    fn compare_slots(&mut self, view: &EniView, now: Time, out: &mut Out) {
+    fn compare_slots(&mut self, view: &EniView, asked_at: Time, now: Time, out: &mut Out) {
         let held = self.ledger.slots.get(&view.id).cloned().unwrap_or_default();
         let more: BTreeSet<IpNet> = view.slots.difference(&held).copied().collect();
         let less: BTreeSet<IpNet> = held.difference(&view.slots).copied().collect();
         if let Some(live) = self.live.get_mut(&view.id) {
             live.quarantined.clear();
+            live.gone = false;
+            if live.changed_at >= asked_at {
+                // The reading is older than what EC2 has answered since: it may add, and says nothing about what it lacks.
+                self.gain(&view.id, more, now, out);
+                return;
+            }
+            if !less.is_empty() {
+                self.verify_at = Some(now.plus_ms(VERIFY_AGAIN_MS));
+            }
             if live.missing != less && !less.is_empty() {
                 let text = format!("EC2 does not show {} any more", list(&less));
                 out.note(Note::Differs { eni: view.id.clone(), text });
@@ -240,8 +275,13 @@ impl Pool {
     fn eni_created(&mut self, token: &str, view: &EniView, now: Time, out: &mut Out) {
         self.recovered(&Subject::Action("CreateNetworkInterface".to_owned()));
         self.recovered(&Subject::Subnet(view.subnet.clone()));
-        self.record(Record::CreationEnded { token: token.to_owned() }, out);
+        // New ENIs are made in a subnet that an ENI of this node is in, so its CIDR is known; should it not be, the intent
+        // stays open and finds the ENI again.
         let Some(subnet_cidr) = self.subnet_cidr(view) else { return };
+        if self.ledger.creations.get(token).is_some_and(|creation| matches!(creation.want, Want::Prefixes(_))) {
+            self.recovered(&Subject::SubnetPrefixes(view.subnet.clone()));
+        }
+        self.record(Record::CreationEnded { token: token.to_owned() }, out);
         if self.ledger.enis.contains_key(&view.id) {
             return;
         }
@@ -276,6 +316,7 @@ impl Pool {
         self.record(Record::Eni(EniRecord { progress, ..record }), out);
         if let Some(live) = self.live.get_mut(eni) {
             let after_ms = now.since_ms(live.since);
+            live.changed_at = now;
             if progress == Progress::Attached {
                 live.since = now;
             }
@@ -284,9 +325,12 @@ impl Pool {
     }
 
     /// New slots, confirmed by EC2.
-    fn gain(&mut self, eni: &EniId, slots: BTreeSet<IpNet>, _now: Time, out: &mut Out) {
+    pub(super) fn gain(&mut self, eni: &EniId, slots: BTreeSet<IpNet>, now: Time, out: &mut Out) {
         if slots.is_empty() || !self.ledger.enis.contains_key(eni) {
             return;
+        }
+        if let Some(live) = self.live.get_mut(eni) {
+            live.changed_at = now;
         }
         self.record(Record::Held { eni: eni.clone(), slots: slots.clone() }, out);
         out.note(Note::Gained { eni: eni.clone(), slots });
@@ -331,11 +375,6 @@ impl Pool {
                     _ => eni.to_string(),
                 };
                 self.set_back(subject, object, error, now, out);
-                if kind == K::EniFull
-                    && let Some(live) = self.live.get_mut(&eni)
-                {
-                    live.full = true;
-                }
                 if kind.outcome_unknown() || kind == K::EniFull {
                     // The call has no client token: read the ENI and adopt what came, rather than ask twice.
                     self.start(Op::ReadBack(eni.clone()), CloudRequest::DescribeEni { eni }, now, out);
@@ -355,6 +394,7 @@ impl Pool {
                     self.record(Record::CreationEnded { token }, out);
                 }
             }
+            Op::Attach(eni) if kind == K::NotFound && self.is_lost(&eni, now) => self.forget_eni(&eni, out),
             Op::Attach(eni) => {
                 if kind == K::InstanceFull {
                     let attached = self.ledger.enis.values().filter(|e| e.progress >= Progress::Attached).count();
@@ -380,6 +420,12 @@ impl Pool {
         }
     }
 
+    /// Old enough to be visible if it were there, and nothing lives on it: somebody else has deleted it.
+    fn is_lost(&self, eni: &EniId, now: Time) -> bool {
+        let old = self.live.get(eni).is_some_and(|live| now.since_ms(live.since) > VISIBLE_AFTER_MS);
+        old && !self.ledger.pods.values().any(|allocation| allocation.eni == *eni)
+    }
+
     /// The subnet's CIDR, from wherever it is known.
     fn subnet_cidr(&self, view: &EniView) -> Option<Ipv4Net> {
         let by_neighbour = || {
@@ -397,7 +443,10 @@ impl Pool {
     fn free_device(&self) -> DeviceIndex {
         let taken = |device: DeviceIndex| {
             self.foreign_devices.contains(&device)
-                || self.ledger.enis.values().any(|eni| eni.card == 0 && eni.device == device)
+                || self.ledger.enis.values().any(|eni| {
+                    let gone = self.live.get(&eni.id).is_some_and(|live| live.gone);
+                    !gone && eni.card == 0 && eni.device == device
+                })
         };
         let mut device = DeviceIndex(1);
         while taken(device) {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::setback::Subject;
 use super::{MAX_CREATIONS, Note, Op, Out, Pool, STUCK_ENI_MS};
-use crate::ids::{EniId, Time};
+use crate::ids::{EniId, SubnetId, Time};
 use crate::ledger::{Creation, NodeFacts, Progress, Record};
 use crate::pick;
 use crate::plan::{self, EniRoom, Means, Step};
@@ -21,7 +21,8 @@ impl Pool {
     /// Takes the next step of every ENI that is not in service yet; a crash in between resumes here.
     pub(super) fn advance_enis(&mut self, now: Time, out: &mut Out) {
         let Some(node) = self.ledger.node.clone() else { return };
-        if !self.settings.provisioning {
+        // Before IMDS has spoken the ledger may be another instance's, and its intents none of ours.
+        if !self.settings.provisioning || !self.metadata_read {
             return;
         }
         let creations: Vec<Creation> = self.ledger.creations.values().cloned().collect();
@@ -34,7 +35,8 @@ impl Pool {
             let busy =
                 self.under_way(|op| matches!(op, Op::Attach(id) | Op::Settle(id) | Op::Delete(id) if *id == eni.id));
             // An ENI found attached after a restart is settled once EC2 has said how it is attached.
-            if busy || self.verify_due || self.rests(&Subject::Eni(eni.id.clone())) {
+            let gone = self.live.get(&eni.id).is_some_and(|live| live.gone);
+            if busy || gone || self.verify_due || self.rests(&Subject::Eni(eni.id.clone())) {
                 continue;
             }
             match (eni.progress, eni.attachment) {
@@ -58,15 +60,11 @@ impl Pool {
 
     /// Compares the pool with its target and asks EC2 for what is missing.
     pub(super) fn grow(&mut self, now: Time, out: &mut Out) {
-        // Before EC2 has confirmed the ledger, what seems missing may be there.
-        if !self.settings.provisioning
-            || self.verify_due
-            || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)))
-        {
+        if !self.may_grow() {
             return;
         }
         let Some(target) = self.target(now) else { return };
-        let Some(means) = self.means() else { return };
+        let Some(means) = self.means(now) else { return };
         let plan = plan::plan(target.wanted, &means);
         for step in plan.steps {
             match step {
@@ -86,12 +84,24 @@ impl Pool {
                     });
                     self.tokens += 1;
                     let token = format!("fw-{}-{:x}-{:x}", node.instance, now.0, self.tokens);
-                    let creation = Creation { token, subnet, want, since: now };
+                    let creation = self.creation(&node, token, subnet, want, now);
                     self.record(Record::Creating(creation.clone()), out);
                     self.create(&node, creation, now, out);
                 }
             }
         }
+    }
+
+    /// Before EC2 has confirmed the ledger, what seems missing may be there.
+    fn may_grow(&self) -> bool {
+        let asking = self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
+        self.settings.provisioning && !self.verify_due && !asking
+    }
+
+    /// Attached long ago and its link has not come, while the kernel does what it is told otherwise.
+    pub(super) fn is_stuck(&self, eni: &EniId, now: Time) -> bool {
+        let late = self.live.get(eni).is_some_and(|l| !l.programmed && now.since_ms(l.since) > STUCK_ENI_MS);
+        late && self.kernel.missing_links.contains(eni)
     }
 
     fn create(&mut self, node: &NodeFacts, creation: Creation, now: Time, out: &mut Out) {
@@ -100,22 +110,27 @@ impl Pool {
         if under_way || self.rests(&action) || self.rests(&Subject::Subnet(creation.subnet.clone())) {
             return;
         }
+        let request = CloudRequest::CreateEni {
+            subnet: creation.subnet,
+            security_groups: creation.security_groups,
+            want: creation.want,
+            description: format!("aws-K8S-{}", node.instance),
+            tags: creation.tags,
+            client_token: creation.token.clone(),
+        };
+        self.start(Op::Create { token: creation.token }, request, now, out);
+    }
+
+    /// Everything the call will say is in the intent: a repeated creation must say the same, whatever was configured since.
+    fn creation(&self, node: &NodeFacts, token: String, subnet: SubnetId, want: Want, now: Time) -> Creation {
         let mut tags = self.settings.eni_tags.clone();
         tags.insert(TAG_INSTANCE.to_owned(), node.instance.to_string());
-        tags.insert(TAG_CREATED.to_owned(), rfc3339(creation.since));
+        tags.insert(TAG_CREATED.to_owned(), rfc3339(now));
         if let Some(cluster) = &self.settings.cluster_name {
             tags.insert(TAG_CLUSTER.to_owned(), cluster.clone());
             tags.insert(TAG_OWNER.0.to_owned(), TAG_OWNER.1.to_owned());
         }
-        let request = CloudRequest::CreateEni {
-            subnet: creation.subnet,
-            security_groups: node.security_groups.clone(),
-            want: creation.want,
-            description: format!("aws-K8S-{}", node.instance),
-            tags,
-            client_token: creation.token.clone(),
-        };
-        self.start(Op::Create { token: creation.token }, request, now, out);
+        Creation { token, subnet, want, security_groups: node.security_groups.clone(), tags, since: now }
     }
 
     pub(super) fn target(&self, now: Time) -> Option<Target> {
@@ -131,11 +146,7 @@ impl Pool {
 
     /// The pool in numbers. Capacity on its way counts as held, so that it is not asked for twice.
     pub(super) fn counts(&self, now: Time) -> Counts {
-        let mut counts = Counts {
-            waiting: u32::try_from(self.waiting.len()).unwrap_or(u32::MAX),
-            assigned: u32::try_from(self.ledger.pods.len()).unwrap_or(u32::MAX),
-            ..Counts::default()
-        };
+        let mut counts = Counts { waiting: u32::try_from(self.waiting.len()).unwrap_or(u32::MAX), ..Counts::default() };
         let cooldown_ms = self.settings.cooldown_ms();
         let cooling = |address: &std::net::IpAddr| {
             self.ledger.freed.get(address).is_some_and(|at| now.since_ms(*at) < cooldown_ms)
@@ -144,16 +155,16 @@ impl Pool {
         let orphaned = |address: &std::net::IpAddr| self.kernel.pod_routes.contains(address) && !pods.contains(address);
         for (id, slots) in &self.ledger.slots {
             let Some(live) = self.live.get(id) else { continue };
-            let stuck = !live.programmed && now.since_ms(live.since) > STUCK_ENI_MS;
-            if live.gone || stuck {
+            if live.gone || self.is_stuck(id, now) {
                 continue;
             }
             for slot in slots.iter().filter(|slot| !live.missing.contains(*slot)) {
                 let size = pick::size(slot);
                 counts.total += size;
-                let (mut busy, mut cool) = (0u32, 0u32);
+                let (mut held, mut busy, mut cool) = (0u32, 0u32, 0u32);
                 for address in pick::addresses(slot) {
                     if pods.contains(&address) {
+                        held += 1;
                         busy += 1;
                     } else if orphaned(&address) {
                         busy += 1;
@@ -163,6 +174,7 @@ impl Pool {
                     }
                 }
                 counts.cooling += cool;
+                counts.assigned += held;
                 if size == PREFIX_SIZE {
                     counts.prefixes += 1;
                     counts.free_prefixes += u32::from(busy + cool == 0);
@@ -182,7 +194,7 @@ impl Pool {
     }
 
     /// What may be used for growing.
-    pub(super) fn means(&self) -> Option<Means> {
+    pub(super) fn means(&self, now: Time) -> Option<Means> {
         let node = self.ledger.node.as_ref()?;
         let frame = self.frame()?;
         let primary = self.ledger.enis.get(&node.primary_eni)?;
@@ -200,8 +212,12 @@ impl Pool {
             let refused = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
             rooms.push(EniRoom {
                 eni: eni.id.clone(),
-                free_slots: if live.full { 0 } else { free_slots },
-                resting: busy || refused || assign_rests || eni.progress == Progress::Created,
+                free_slots,
+                resting: busy
+                    || refused
+                    || assign_rests
+                    || eni.progress == Progress::Created
+                    || self.is_stuck(&eni.id, now),
                 singles_only: self.rests(&Subject::EniPrefixes(eni.id.clone())),
             });
         }
@@ -219,7 +235,8 @@ impl Pool {
 
     /// ENIs that could still be created.
     pub(super) fn eni_room(&self) -> u32 {
-        let taken = self.ledger.enis.len() + self.ledger.creations.len() + self.foreign_devices.len();
+        let here = self.ledger.enis.keys().filter(|id| self.live.get(*id).is_some_and(|live| !live.gone)).count();
+        let taken = here + self.ledger.creations.len() + self.foreign_devices.len();
         self.max_enis().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))
     }
 
@@ -250,7 +267,8 @@ impl Pool {
             let slots = self.ledger.slots.get(id);
             live.is_some_and(|l| {
                 let untold = !primary && slots.is_some_and(|slots| !slots.is_subset(&l.told));
-                !l.gone && now.since_ms(l.since) <= STUCK_ENI_MS && (!l.programmed || untold)
+                let on_its_way = !l.programmed && now.since_ms(l.since) <= STUCK_ENI_MS;
+                !l.gone && (on_its_way || (l.programmed && untold && !self.rests(&Subject::Kernel)))
             })
         };
         call || self.ledger.enis.keys().any(soon) || self.could_grow(now)
@@ -258,8 +276,8 @@ impl Pool {
 
     /// The plan has a step that nothing stands in the way of.
     pub(super) fn could_grow(&self, now: Time) -> bool {
-        let plan = self.target(now).zip(self.means()).map(|(target, means)| plan::plan(target.wanted, &means));
-        self.settings.provisioning && plan.is_some_and(|plan| !plan.steps.is_empty())
+        let plan = self.target(now).zip(self.means(now)).map(|(target, means)| plan::plan(target.wanted, &means));
+        self.may_grow() && plan.is_some_and(|plan| !plan.steps.is_empty())
     }
 
     /// Slots by ENI, for the view.

@@ -79,7 +79,8 @@ impl Pool {
         };
         let primary = plan.primary.id.clone();
         for (id, live) in &mut self.live {
-            let stands = *id == primary || report.programmed.contains(id);
+            // Without the primary there is no ruleset, and what the others hold would leave by the wrong ENI.
+            let stands = report.programmed.contains(&primary) && report.programmed.contains(id);
             if stands && !live.programmed {
                 out.note(Note::EniMoved { eni: id.clone(), to: "in service", after_ms: now.since_ms(live.since) });
             }
@@ -97,6 +98,7 @@ impl Pool {
             .enis
             .values()
             .filter(|eni| eni.device != DeviceIndex::PRIMARY && eni.progress >= Progress::Attached)
+            .filter(|eni| !self.is_replaced(eni))
             .collect();
         secondary.sort_by_key(|eni| (eni.card, eni.device));
         let enis = secondary.into_iter().map(|eni| EniPlan {
@@ -121,6 +123,16 @@ impl Pool {
             node_port: self.settings.node_port,
             mtu: self.settings.mtu,
         })
+    }
+
+    /// EC2 no longer shows this ENI here and another one has its place. One that merely does not show keeps its routes: a
+    /// reading may be wrong, and pods may live there.
+    fn is_replaced(&self, eni: &crate::ledger::EniRecord) -> bool {
+        let gone = |id: &crate::ids::EniId| self.live.get(id).is_some_and(|live| live.gone);
+        let successor = |other: &&crate::ledger::EniRecord| {
+            other.id != eni.id && (other.card, other.device) == (eni.card, eni.device) && !gone(&other.id)
+        };
+        gone(&eni.id) && self.ledger.enis.values().any(|other| successor(&other))
     }
 
     /// Slots of the ENI, and addresses of pods whose slot is no longer listed: a running pod keeps its way out.

@@ -38,7 +38,7 @@ pub const DEFAULT_PATIENCE_MS: u64 = 15_000;
 /// ENIs being created at once.
 pub const MAX_CREATIONS: usize = 2;
 /// An ENI whose link has not come after this long no longer counts as capacity on its way.
-pub const STUCK_ENI_MS: u64 = 60_000;
+pub const STUCK_ENI_MS: u64 = 20_000;
 /// How often the kernel is asked again for a link that has not appeared.
 pub const LINK_RETRY_MS: u64 = 200;
 /// How often the kernel is compared with the plan when nothing happens.
@@ -59,8 +59,6 @@ pub enum Event {
     Cloud { op: OpId, result: Result<CloudReply, CloudError> },
     /// An answer from the kernel, with every address that has a pod route now; the error as text, with its causes.
     Kernel { op: OpId, result: Result<(KernelReport, BTreeSet<IpAddr>), String> },
-    /// These records could not be written: what they promised is taken back.
-    PersistFailed { records: Vec<Record> },
     /// Time passed.
     Tick,
     /// The daemon stops: whoever waits is told so.
@@ -100,7 +98,8 @@ pub enum Answer {
     Deleted(Allocation),
     /// To a DEL of a sandbox nobody knows. Not an error: absent means done.
     Unknown,
-    Collected(Vec<Allocation>),
+    /// To a GC: what the runtime no longer lists.
+    Stale(Vec<Allocation>),
     Failed(Failure),
 }
 
@@ -185,8 +184,8 @@ struct Live {
     missing: BTreeSet<IpNet>,
     /// EC2 does not show the ENI on this instance.
     gone: bool,
-    /// EC2 said it is full although our table says otherwise.
-    full: bool,
+    /// When we last learnt something of it from an answer of EC2: an older reading says nothing against that.
+    changed_at: Time,
 }
 
 impl Live {
@@ -198,7 +197,7 @@ impl Live {
             quarantined: BTreeSet::new(),
             missing: BTreeSet::new(),
             gone: false,
-            full: false,
+            changed_at: now,
         }
     }
 }
@@ -248,6 +247,12 @@ pub struct Pool {
     metadata_read: bool,
     /// EC2 must still confirm what the ledger and IMDS say.
     verify_due: bool,
+    /// When to ask EC2 again because something differed.
+    verify_at: Option<Time>,
+    /// An ENI is there whose subnet is not known, so it is not used.
+    unadopted: bool,
+    /// When the next freed address will have cooled down.
+    cooled_at: Option<Time>,
     rng: u64,
     tokens: u64,
 }
@@ -293,6 +298,9 @@ impl Pool {
             unsaved: Vec::new(),
             metadata_read: false,
             verify_due,
+            verify_at: None,
+            unadopted: false,
+            cooled_at: None,
             rng: seed,
             tokens: 0,
         }
@@ -307,10 +315,9 @@ impl Pool {
             }
             Event::Abandoned { request } => self.waiting.retain(|waiter| waiter.request != request),
             Event::Del { request, sandbox } => self.del(request, &sandbox, now, &mut out),
-            Event::Gc { request, network, valid } => self.gc(request, &network, &valid, now, &mut out),
+            Event::Gc { request, network, valid } => self.gc(request, &network, &valid, &mut out),
             Event::Cloud { op, result } => self.cloud_answered(op, result, now, &mut out),
             Event::Kernel { op, result } => self.kernel_answered(op, result, now, &mut out),
-            Event::PersistFailed { records } => self.persist_failed(records),
             Event::Tick => {}
             Event::Stop => {
                 self.stop(&mut out);
@@ -319,7 +326,9 @@ impl Pool {
         }
         self.settle(now, &mut out);
         let mut commands = Vec::with_capacity(out.commands.len() + 1);
-        if !out.records.is_empty() {
+        // What an earlier failure left unwritten goes before anything that may hang on it.
+        let acts = out.commands.iter().any(|command| !matches!(command, Command::Note(_)));
+        if !out.records.is_empty() || (acts && !self.unsaved.is_empty()) {
             let mut records = std::mem::take(&mut self.unsaved);
             records.extend(out.records);
             commands.push(Command::Persist(records));
@@ -334,9 +343,9 @@ impl Pool {
         let retry =
             self.setbacks.values().filter(|s| !s.over).map(|s| (s.until, "a refused call is tried again")).min();
         let kernel = self.kernel.recheck_at.map(|at| (at, "the kernel is compared with the plan"));
-        let cooling = (!self.waiting.is_empty()).then(|| self.next_cooled()).flatten();
-        let cooling = cooling.map(|at| (at, "an address has cooled down"));
-        [waiter, retry, kernel, cooling].into_iter().flatten().min()
+        let cooling = self.cooled_at.filter(|_| !self.waiting.is_empty()).map(|at| (at, "an address has cooled down"));
+        let verify = self.verify_at.map(|at| (at, "EC2 is asked again about what differs"));
+        [waiter, retry, kernel, cooling, verify].into_iter().flatten().min()
     }
 
     pub fn ledger(&self) -> &LedgerState {
@@ -352,6 +361,12 @@ impl Pool {
         for setback in self.setbacks.values_mut() {
             setback.over = setback.until <= now;
         }
+        if self.verify_at.is_some_and(|at| at <= now) {
+            self.verify_at = None;
+            self.verify_due = true;
+            // An ENI whose subnet was not known is adopted once IMDS shows it.
+            self.metadata_read &= !self.unadopted;
+        }
         self.serve_waiting(now, out);
         self.learn_node(now, out);
         self.advance_enis(now, out);
@@ -359,6 +374,7 @@ impl Pool {
         // What could not be served by growing may be served by an early end of a cool-down.
         self.serve_waiting(now, out);
         self.program_kernel(now, out);
+        self.cooled_at = self.next_cooled(now);
     }
 
     /// Applies a record to the state and has it written.
@@ -371,13 +387,14 @@ impl Pool {
         out.records.push(record);
     }
 
-    fn persist_failed(&mut self, records: Vec<Record>) {
-        for record in records {
-            self.ledger.revert(&record);
-            if !matches!(record, Record::Allocated(_) | Record::Released { .. }) {
-                self.unsaved.push(record);
-            }
+    /// These records could not be written: what they promised is taken back, last first. To be called before the next
+    /// step, so that no event is judged by what never became true.
+    pub fn persist_failed(&mut self, records: Vec<Record>) {
+        for record in records.iter().rev() {
+            self.ledger.revert(record);
         }
+        let promise = |record: &Record| matches!(record, Record::Allocated(_) | Record::Released { .. });
+        self.unsaved.extend(records.into_iter().filter(|record| !promise(record)));
     }
 
     fn start(&mut self, op: Op, request: CloudRequest, now: Time, out: &mut Out) {

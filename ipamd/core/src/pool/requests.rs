@@ -45,23 +45,13 @@ impl Pool {
         }
     }
 
-    pub(super) fn gc(
-        &mut self,
-        request: RequestId,
-        network: &str,
-        valid: &BTreeSet<(String, String)>,
-        now: Time,
-        out: &mut Out,
-    ) {
+    pub(super) fn gc(&mut self, request: RequestId, network: &str, valid: &BTreeSet<(String, String)>, out: &mut Out) {
         let dead = |a: &&Allocation| {
             let key = (a.sandbox.container_id.clone(), a.sandbox.if_name.clone());
             a.sandbox.network == network && !valid.contains(&key)
         };
-        let dead: Vec<Allocation> = self.ledger.pods.values().filter(dead).cloned().collect();
-        for allocation in &dead {
-            self.record(Record::Released { allocation: allocation.clone(), at: now }, out);
-        }
-        out.reply(request, Answer::Collected(dead));
+        // Only told, not released: the plugin takes each down in the kernel first and then says DEL, as for every other pod.
+        out.reply(request, Answer::Stale(self.ledger.pods.values().filter(dead).cloned().collect()));
     }
 
     pub(super) fn stop(&mut self, out: &mut Out) {
@@ -87,6 +77,11 @@ impl Pool {
         // A cool-down yields when nothing else can bring an address soon, or when the pod would fail otherwise.
         let nothing_comes = !self.capacity_is_coming(now);
         while let Some(waiter) = self.waiting.pop_front() {
+            if let Some(held) = self.ledger.pods.get(&waiter.sandbox) {
+                // The same sandbox asked twice while nothing was free: both get the one address.
+                out.reply(waiter.request, Answer::Added(held.clone()));
+                continue;
+            }
             let out_of_patience = waiter.deadline <= now;
             let cooldown_ms = self.settings.cooldown_ms();
             let freed = &self.ledger.freed;
@@ -173,9 +168,9 @@ impl Pool {
         pods
     }
 
-    /// When the next address has cooled down.
-    pub(super) fn next_cooled(&self) -> Option<Time> {
+    /// When the next address will have cooled down.
+    pub(super) fn next_cooled(&self, now: Time) -> Option<Time> {
         let cooldown_ms = self.settings.cooldown_ms();
-        self.ledger.freed.values().map(|at| at.plus_ms(cooldown_ms)).min()
+        self.ledger.freed.values().map(|at| at.plus_ms(cooldown_ms)).filter(|at| *at > now).min()
     }
 }

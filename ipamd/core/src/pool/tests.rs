@@ -103,7 +103,7 @@ impl World {
                 }
             }
             if let Some(records) = broken {
-                events.push_back(Event::PersistFailed { records });
+                self.pool.persist_failed(records);
             }
             assert!(self.calls.len() < 500, "a hot loop: {:?}", &self.calls[480..]);
         }
@@ -121,11 +121,13 @@ impl World {
     }
 
     fn kernel(&self, plan: &NodePlan) -> KernelReport {
-        let ids: BTreeSet<EniId> = plan.enis.iter().map(|eni| eni.id.clone()).collect();
-        match self.links_hidden {
-            true => KernelReport { missing_links: ids, ..KernelReport::default() },
-            false => KernelReport { programmed: ids, ..KernelReport::default() },
+        let mut ids: BTreeSet<EniId> = plan.enis.iter().map(|eni| eni.id.clone()).collect();
+        let primary = plan.primary.id.clone();
+        if self.links_hidden {
+            return KernelReport { missing_links: ids, programmed: [primary].into(), ..KernelReport::default() };
         }
+        ids.insert(primary);
+        KernelReport { programmed: ids, ..KernelReport::default() }
     }
 
     fn cloud(&mut self, request: CloudRequest) -> Result<CloudReply, CloudError> {
@@ -471,7 +473,7 @@ fn the_cool_down_yields_rather_than_failing_a_pod() {
 }
 
 #[test]
-fn gc_releases_what_the_runtime_no_longer_lists_and_nothing_of_other_networks() {
+fn gc_names_what_the_runtime_no_longer_lists_and_nothing_of_other_networks() {
     let mut w = World::new("m5.large", &[], &["10.0.3.0/28"]);
     w.step(Event::Tick);
     for n in 0..3 {
@@ -480,12 +482,14 @@ fn gc_releases_what_the_runtime_no_longer_lists_and_nothing_of_other_networks() 
     let request = w.request();
     let valid = [("c1".to_owned(), "eth0".to_owned())].into();
     w.step(Event::Gc { request, network: "other".into(), valid });
-    assert_eq!(w.answers[&request], Answer::Collected(Vec::new()));
+    assert_eq!(w.answers[&request], Answer::Stale(Vec::new()));
     let request = w.request();
     let valid = [("c1".to_owned(), "eth0".to_owned())].into();
     w.step(Event::Gc { request, network: "aws-cni".into(), valid });
-    let left: Vec<_> = w.pool.ledger().pods.keys().map(|s| s.container_id.clone()).collect();
-    assert_eq!(left, ["c1"]);
+    let Answer::Stale(stale) = &w.answers[&request] else { panic!("{:?}", w.answers[&request]) };
+    let stale: Vec<_> = stale.iter().map(|a| a.sandbox.container_id.clone()).collect();
+    assert_eq!(stale, ["c0", "c2"]);
+    assert_eq!(w.pool.ledger().pods.len(), 3, "nothing is released before the kernel is clean");
 }
 
 #[test]
@@ -598,4 +602,103 @@ fn an_address_gained_on_the_primary_is_served_at_once() {
     for request in requests {
         w.added(request);
     }
+}
+
+#[test]
+fn a_sandbox_that_asks_twice_while_nothing_is_free_gets_one_address() {
+    let mut w = World::new("m5.large", &[("MAX_ENI", "1")], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Transient, "Timeout"); 2];
+    w.step(Event::Tick);
+    let (a, b) = (w.add(1), w.add(1));
+    assert!(!w.answers.contains_key(&a), "it waits");
+    w.run(10_000);
+    assert_eq!(w.added(a), w.added(b));
+    assert_eq!(w.journal.iter().filter(|r| matches!(r, Record::Allocated(_))).count(), 1);
+}
+
+#[test]
+fn records_that_failed_together_are_taken_back_last_first() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32", "10.0.3.2/32", "10.0.3.3/32"]);
+    w.step(Event::Tick);
+    let first = w.add(1);
+    let held = w.added(first);
+    // One batch: the sandbox is released and asks again.
+    let mut records = Vec::new();
+    for event in [
+        Event::Del { request: RequestId(900), sandbox: sandbox(1) },
+        Event::Add { request: RequestId(901), sandbox: sandbox(1), pod: PodName::default(), patience_ms: None },
+    ] {
+        for command in w.pool.step(event, w.now) {
+            if let Command::Persist(more) = command {
+                records.extend(more);
+            }
+        }
+    }
+    assert_ne!(w.pool.ledger().pods[&sandbox(1)].address, held.address);
+    w.pool.persist_failed(records);
+    assert_eq!(w.pool.ledger().pods[&sandbox(1)], held, "as the journal has it");
+}
+
+#[test]
+fn a_node_without_its_primary_link_serves_nothing() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    // The same ledger on another machine: the kernel does not find the primary's link, and IMDS is slow.
+    w.pool = Pool::new(settings(&[]), LedgerState::replay(&w.journal), 9, w.now);
+    let mut served = Vec::new();
+    let add = Event::Add { request: RequestId(7), sandbox: sandbox(7), pod: PodName::default(), patience_ms: None };
+    for event in [Event::Tick, add] {
+        for command in w.pool.step(event, w.now) {
+            if let Command::Kernel { op, plan } = command {
+                let missing_links = [plan.primary.id.clone()].into();
+                let report = KernelReport { missing_links, ..KernelReport::default() };
+                let result = Ok((report, BTreeSet::new()));
+                served.extend(w.pool.step(Event::Kernel { op, result }, w.now));
+            } else {
+                served.push(command);
+            }
+        }
+    }
+    assert!(!served.iter().any(|c| matches!(c, Command::Reply { .. })), "{served:?}");
+}
+
+#[test]
+fn a_waiting_pod_on_a_full_node_costs_no_time() {
+    let mut w = World::new("t3.nano", &[("MAX_ENI", "1"), ("IP_COOLDOWN_PERIOD", "1")], &[]);
+    w.step(Event::Tick);
+    w.add(1);
+    w.run(2_000);
+    // An address was freed long ago and is used again.
+    w.del(1);
+    w.run(5_000);
+    w.add(2);
+    w.run(2_000);
+    w.add(3);
+    let (deadline, _) = w.pool.poll_deadline().unwrap();
+    assert!(deadline > w.now, "nothing is due, so nothing may be asked for at once");
+}
+
+#[test]
+fn a_reading_older_than_an_answer_takes_nothing_away() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "1")], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    w.faults = vec![("DescribeNetworkInterfaces", CloudErrorKind::Transient, "Timeout")];
+    w.restart();
+    w.run(200);
+    let primary = EniId::new("eni-primary").unwrap();
+    let before = w.enis[&primary].clone();
+    // The question is put; before its answer arrives, an address is assigned and that answer is in.
+    w.now = w.now.plus_ms(5_000);
+    let commands = w.pool.step(Event::Tick, w.now);
+    let asked = commands.iter().find_map(|c| match c {
+        Command::Cloud { op, request: CloudRequest::DescribeNode { .. } } => Some(*op),
+        _ => None,
+    });
+    let asked = asked.expect("EC2 is asked again");
+    w.now = w.now.plus_ms(10);
+    let mut out = Out::default();
+    let gained: BTreeSet<IpNet> = ["10.0.3.77/32".parse().unwrap()].into();
+    w.pool.gain(&primary, gained, w.now, &mut out);
+    w.pool.step(Event::Cloud { op: asked, result: Ok(CloudReply::Node(vec![before])) }, w.now);
+    assert!(w.pool.status(w.now).enis[0].missing.is_empty());
 }

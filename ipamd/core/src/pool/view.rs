@@ -268,7 +268,10 @@ impl Pool {
             CloudErrorKind::Fragmented => 6,
             _ => 7,
         };
-        let setbacks = self.setbacks.iter().filter(|(subject, _)| **subject != Subject::Kernel);
+        // What rests now and would bring addresses; anything else is history, or does not stand in a pod's way.
+        let brings =
+            |s: &Setback| !matches!(s.action.as_str(), "ModifyNetworkInterfaceAttribute" | "DeleteNetworkInterface");
+        let setbacks = self.setbacks.iter().filter(|(subject, s)| **subject != Subject::Kernel && !s.over && brings(s));
         let (_, s) = setbacks.min_by_key(|(_, s)| rank(s.kind))?;
         let since = seconds(now.since_ms(s.since));
         let next = match s.until.since_ms(now) {
