@@ -25,7 +25,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Run the daemon: keep the pool, serve the plugin.
-    Run(config::RunArgs),
+    Run(Box<config::RunArgs>),
     /// Show the pool, the ENIs and the pods of this node.
     Status(status::StatusArgs),
     /// Show the version.
@@ -34,7 +34,7 @@ enum Verb {
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().verb {
-        Verb::Run(args) => run::run(args),
+        Verb::Run(args) => run::run(*args),
         Verb::Status(args) => status::status(&args),
         Verb::Version => {
             println!("ipamd {}", env!("CARGO_PKG_VERSION"));

@@ -1,5 +1,7 @@
 //! The whole path, with nothing pretended but EC2: a real ipamd and a real plugin on the lab's nodes, real packets.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 use std::collections::BTreeSet;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};

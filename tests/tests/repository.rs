@@ -1,5 +1,7 @@
 //! The repository's own rules, held by tests: arrows, invariants, and documents that keep up with the code.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;

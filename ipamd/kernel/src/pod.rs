@@ -343,7 +343,8 @@ async fn delete_further_rules(host: &Netlink, address: IpAddr) -> Result<(), Ker
 /// The kernel did not say what is so; anything else it says here means that there is none.
 fn is_no_answer(error: &KernelError) -> bool {
     use nix::errno::Errno;
-    let passing = [Errno::EPERM, Errno::EACCES, Errno::ENOBUFS, Errno::ENOMEM, Errno::EINTR, Errno::EAGAIN, Errno::EBUSY];
+    let passing =
+        [Errno::EPERM, Errno::EACCES, Errno::ENOBUFS, Errno::ENOMEM, Errno::EINTR, Errno::EAGAIN, Errno::EBUSY];
     !error.is_absent() && error.errno().is_none_or(|errno| passing.contains(&errno))
 }
 
