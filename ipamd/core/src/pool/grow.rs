@@ -66,6 +66,12 @@ impl Pool {
         let Some(target) = self.target(now) else { return };
         let Some(means) = self.means(now) else { return };
         let plan = plan::plan(target.wanted, &means);
+        // Said once per cause: a pool that cannot grow must not be silent, nor repeat itself at every look.
+        let stopped = (plan.unmet > 0 && plan.steps.is_empty()).then(|| self.why_no_address(now, now));
+        if let Some(failure) = stopped.as_ref().filter(|failure| self.cannot_grow != Some(failure.reason)) {
+            out.note(Note::CannotGrow { why: target.why.clone(), reason: failure.message.clone() });
+        }
+        self.cannot_grow = stopped.map(|failure| failure.reason);
         for step in plan.steps {
             match step {
                 Step::Assign { eni, want } => {

@@ -245,6 +245,8 @@ pub struct Pool {
     kernel: KernelState,
     unsaved: Vec<Record>,
     metadata_read: bool,
+    /// Why the pool could not grow when it last should have.
+    cannot_grow: Option<Reason>,
     /// EC2 must still confirm what the ledger and IMDS say.
     verify_due: bool,
     /// When to ask EC2 again because something differed.
@@ -297,6 +299,7 @@ impl Pool {
             kernel: KernelState::default(),
             unsaved: Vec::new(),
             metadata_read: false,
+            cannot_grow: None,
             verify_due,
             verify_at: None,
             unadopted: false,
@@ -321,7 +324,9 @@ impl Pool {
             Event::Tick => {}
             Event::Stop => {
                 self.stop(&mut out);
-                return out.commands;
+                let unsaved = std::mem::take(&mut self.unsaved);
+                let write = (!unsaved.is_empty()).then_some(Command::Persist(unsaved));
+                return write.into_iter().chain(out.commands).collect();
             }
         }
         self.settle(now, &mut out);

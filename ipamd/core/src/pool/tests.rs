@@ -454,6 +454,8 @@ fn a_full_instance_says_so() {
     let failure = w.failure(*requests.last().unwrap());
     assert_eq!(failure.reason, Reason::InstanceLimit, "{}", failure.message);
     assert!(failure.message.contains("t3.nano"), "{}", failure.message);
+    let said = w.notes.iter().filter(|n| matches!(n, Note::CannotGrow { .. })).count();
+    assert!((1..4).contains(&said), "said once per cause and not at every look: {said}");
 }
 
 #[test]
