@@ -8,6 +8,7 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use flatwire_tests::binary;
@@ -25,7 +26,13 @@ fn spec() -> Spec {
     Spec { name, nodes, daemons: false, ..Spec::default() }
 }
 
+/// `lab clean` looks at every lab of the machine: no lab may be on its way up meanwhile.
+static CLEANING: RwLock<()> = RwLock::new(());
+/// Two tests leave a dead lab's folder behind on purpose; each must find its own.
+static DEAD_LABS: Mutex<()> = Mutex::new(());
+
 fn start(spec: &Spec) -> Lab {
+    let _nobody_cleans = CLEANING.read().unwrap_or_else(PoisonError::into_inner);
     Lab::start(&binary("lab"), spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
 }
 
@@ -476,6 +483,7 @@ fn processes(fits: impl Fn(&str) -> bool) -> Vec<String> {
 
 #[test]
 fn nothing_is_left_when_the_lab_is_killed() {
+    let _alone = DEAD_LABS.lock().unwrap_or_else(PoisonError::into_inner);
     let before = machine();
     let spec = spec();
     let lab = start(&spec);
@@ -511,12 +519,15 @@ fn is_zombie(pid: &str) -> bool {
 
 #[test]
 fn clean_removes_what_a_killed_lab_left_and_spares_the_living() {
+    let _alone = DEAD_LABS.lock().unwrap_or_else(PoisonError::into_inner);
     let (dead, alive) = (spec(), spec());
     let killed = start(&dead);
     let mut living = start(&alive);
     assert!(Command::new("/bin/kill").args(["-9", &killed.pid().to_string()]).status().unwrap().success());
     drop(killed);
+    let nobody_starts = CLEANING.write().unwrap_or_else(PoisonError::into_inner);
     let said = Command::new(binary("lab")).arg("clean").output().unwrap();
+    drop(nobody_starts);
     assert!(String::from_utf8_lossy(&said.stdout).contains(&dead.name), "{said:?}");
     assert!(!boot::dir_of(&dead.name).unwrap().exists());
     assert!(answers(&mut living, "node-1", "node-2"));
