@@ -418,7 +418,7 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
     }
 }
 
-fn wall_clock() -> Time {
+pub fn wall_clock() -> Time {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Time(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -84,7 +84,7 @@ pub async fn serve(
 
 /// Connections of root, or of whoever runs this daemon. The mode of the socket says the same; this holds if it is changed.
 fn trusted(listener: UnixListener) -> impl Stream<Item = std::io::Result<UnixStream>> {
-    let own = nix_uid();
+    let own = own_uid();
     tokio_stream::wrappers::UnixListenerStream::new(listener).filter(move |stream| {
         let Ok(stream) = stream else { return true };
         match stream.peer_cred() {
@@ -102,7 +102,7 @@ fn trusted(listener: UnixListener) -> impl Stream<Item = std::io::Result<UnixStr
 }
 
 /// Our own user, from /proc, where the kernel says it without a system call of our own.
-fn nix_uid() -> Option<u32> {
+fn own_uid() -> Option<u32> {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/proc/self").ok().map(|meta| meta.uid())
 }

@@ -6,7 +6,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
 use flatwire_cloud::AwsCloud;
-use flatwire_core::ids::Time;
 use flatwire_core::pool::Pool;
 use flatwire_core::settings::Settings;
 use flatwire_kernel::node::NodeKernel;
@@ -15,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::RunArgs;
-use crate::driver::Driver;
+use crate::driver::{Driver, wall_clock};
 use crate::grpc::{self, Service};
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
@@ -51,7 +50,6 @@ async fn serve(args: RunArgs, settings: Settings) -> anyhow::Result<()> {
         metrics.clone(),
     )?;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let now = Time(u64::try_from(since_epoch.as_millis()).unwrap_or(0));
     let seed = u64::from(since_epoch.subsec_nanos()) ^ (u64::from(std::process::id()) << 32);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -62,7 +60,7 @@ async fn serve(args: RunArgs, settings: Settings) -> anyhow::Result<()> {
         "ipamd starts"
     );
     let driver = Driver {
-        pool: Pool::new(settings, opened.state, seed, now),
+        pool: Pool::new(settings, opened.state, seed, wall_clock()),
         journal,
         cloud: Arc::new(cloud),
         kernel: Arc::new(NodeKernel::open()?),

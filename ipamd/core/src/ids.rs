@@ -209,6 +209,33 @@ impl Time {
     pub fn since_ms(self, earlier: Time) -> u64 {
         self.0.saturating_sub(earlier.0)
     }
+
+    /// UTC as RFC 3339 writes it, to the second: `2026-01-31T12:00:00Z`.
+    pub fn rfc3339(self) -> String {
+        format!("{}Z", self.civil())
+    }
+
+    /// The same to the millisecond.
+    pub fn rfc3339_ms(self) -> String {
+        format!("{}.{:03}Z", self.civil(), self.0 % 1_000)
+    }
+
+    /// Days to a civil date, after Howard Hinnant: years begin in March, so that the leap day is the last. A date library
+    /// would be a dependency for these lines alone.
+    fn civil(self) -> String {
+        let seconds = self.0 / 1_000;
+        let (days, rest) = (seconds / 86_400, seconds % 86_400);
+        let shifted = days + 719_468;
+        let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+        let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+        let shifted_month = (5 * day_of_year + 2) / 153;
+        let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+        let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+        let year = year_of_era + era * 400 + u64::from(month <= 2);
+        let (hour, minute, second) = (rest / 3_600, rest / 60 % 60, rest % 60);
+        format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
+    }
 }
 
 #[cfg(test)]
@@ -225,6 +252,14 @@ mod tests {
         for bad in ["", "0a:00:00:00:00", "0a:00:00:00:00:00:00", "0a-00-00-00-00-00", "+a:00:00:00:00:00x"] {
             assert!(bad.parse::<MacAddress>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn dates_are_civil() {
+        assert_eq!(Time(0).rfc3339(), "1970-01-01T00:00:00Z");
+        assert_eq!(Time(1_709_210_096_000).rfc3339(), "2024-02-29T12:34:56Z");
+        assert_eq!(Time(1_795_305_599_999).rfc3339(), "2026-11-21T23:59:59Z");
+        assert_eq!(Time(1_795_305_599_999).rfc3339_ms(), "2026-11-21T23:59:59.999Z");
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl Pool {
     fn creation(&self, node: &NodeFacts, token: String, subnet: SubnetId, want: Want, now: Time) -> Creation {
         let mut tags = self.settings.eni_tags.clone();
         tags.insert(TAG_INSTANCE.to_owned(), node.instance.to_string());
-        tags.insert(TAG_CREATED.to_owned(), rfc3339(now));
+        tags.insert(TAG_CREATED.to_owned(), now.rfc3339());
         if let Some(cluster) = &self.settings.cluster_name {
             tags.insert(TAG_CLUSTER.to_owned(), cluster.clone());
             tags.insert(TAG_OWNER.0.to_owned(), TAG_OWNER.1.to_owned());
@@ -153,10 +153,6 @@ impl Pool {
     /// The pool in numbers. Capacity on its way counts as held, so that it is not asked for twice.
     pub(super) fn counts(&self, now: Time) -> Counts {
         let mut counts = Counts { waiting: u32::try_from(self.waiting.len()).unwrap_or(u32::MAX), ..Counts::default() };
-        let cooldown_ms = self.settings.cooldown_ms();
-        let cooling = |address: &std::net::IpAddr| {
-            self.ledger.freed.get(address).is_some_and(|at| now.since_ms(*at) < cooldown_ms)
-        };
         let pods: std::collections::BTreeSet<_> = self.ledger.pods.values().map(|a| a.address).collect();
         let orphaned = |address: &std::net::IpAddr| self.kernel.pod_routes.contains(address) && !pods.contains(address);
         for (id, slots) in &self.ledger.slots {
@@ -175,7 +171,7 @@ impl Pool {
                     } else if orphaned(&address) {
                         busy += 1;
                         counts.orphans += 1;
-                    } else if cooling(&address) {
+                    } else if self.cooling_since(&address, now).is_some() {
                         cool += 1;
                     }
                 }
@@ -308,33 +304,5 @@ fn add_coming(counts: &mut Counts, want: Want) {
             counts.prefixes += n;
             counts.free_prefixes += n;
         }
-    }
-}
-
-/// `2026-01-31T12:00:00Z`, by the civil-from-days rule; core has no date library and needs this one text.
-fn rfc3339(time: Time) -> String {
-    let secs = time.0 / 1_000;
-    let (days, rest) = (secs / 86_400, secs % 86_400);
-    let z = days + 719_468;
-    let era = z / 146_097;
-    let doe = z % 146_097;
-    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let day = doy - (153 * mp + 2) / 5 + 1;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    let year = yoe + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3_600, rest % 3_600 / 60, rest % 60)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dates_are_civil() {
-        assert_eq!(rfc3339(Time(0)), "1970-01-01T00:00:00Z");
-        assert_eq!(rfc3339(Time(1_709_210_096_000)), "2024-02-29T12:34:56Z");
-        assert_eq!(rfc3339(Time(1_795_305_599_999)), "2026-11-21T23:59:59Z");
     }
 }

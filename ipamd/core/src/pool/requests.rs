@@ -83,12 +83,11 @@ impl Pool {
                 continue;
             }
             let out_of_patience = waiter.deadline <= now;
-            let cooldown_ms = self.settings.cooldown_ms();
             let freed = &self.ledger.freed;
-            let occupancy = |address: &IpAddr| match freed.get(address) {
+            let occupancy = |address: &IpAddr| match self.cooling_since(address, now) {
                 _ if used.contains(address) => Occupancy::Used,
-                Some(at) if now.since_ms(*at) < cooldown_ms => Occupancy::Cooling(*at),
-                _ => Occupancy::Free,
+                Some(freed_at) => Occupancy::Cooling(freed_at),
+                None => Occupancy::Free,
             };
             let Some(pick) = pick::pick(&candidates, occupancy, freed, nothing_comes || out_of_patience) else {
                 if out_of_patience {
@@ -166,6 +165,12 @@ impl Pool {
             *pods.entry(allocation.eni.clone()).or_default() += 1;
         }
         pods
+    }
+
+    /// When the address was freed, while it is still cooling.
+    pub(super) fn cooling_since(&self, address: &IpAddr, now: Time) -> Option<Time> {
+        let freed_at = self.ledger.freed.get(address).copied()?;
+        (now.since_ms(freed_at) < self.settings.cooldown_ms()).then_some(freed_at)
     }
 
     /// When the next address will have cooled down.

@@ -167,13 +167,9 @@ impl Pool {
 
     /// Addresses that could be given this moment.
     pub fn free_now(&self, now: Time) -> u32 {
-        let cooldown_ms = self.settings.cooldown_ms();
         let used = self.in_use();
         let free = self.candidates(&self.pods_by_eni()).into_iter().flat_map(|c| crate::pick::addresses(&c.slot));
-        let free = free.filter(|address| {
-            let cooling = self.ledger.freed.get(address).is_some_and(|at| now.since_ms(*at) < cooldown_ms);
-            !used.contains(address) && !cooling
-        });
+        let free = free.filter(|address| !used.contains(address) && self.cooling_since(address, now).is_none());
         u32::try_from(free.count()).unwrap_or(u32::MAX)
     }
 
