@@ -305,7 +305,7 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
                 self.driver.runtime.spawn(async move {
                     let work = async {
                         let report = kernel.apply(&plan).await?;
-                        Ok((report, kernel.pod_routes().await?))
+                        Ok((report, kernel.pods().await?))
                     };
                     let result = match tokio::time::timeout(KERNEL_DEADLINE, work).await {
                         Ok(result) => result.map_err(|error: K::Error| notes::chain(&error)),

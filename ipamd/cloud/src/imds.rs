@@ -96,7 +96,17 @@ impl Imds {
             primary_ipv4,
             vpc_cidrs,
             enis,
+            terminating: self.terminating().await?,
         })
+    }
+
+    /// A spot interruption or the end of an Auto Scaling lifecycle has been announced. Both leaves are absent otherwise.
+    async fn terminating(&self) -> Result<bool, CloudError> {
+        if self.get("meta-data/spot/instance-action").await?.is_some() {
+            return Ok(true);
+        }
+        let lifecycle = self.get("meta-data/autoscaling/target-lifecycle-state").await?;
+        Ok(lifecycle.is_some_and(|state| state.trim() == "Terminated"))
     }
 
     /// The ENIs of one reading in which nothing moved, or of the last one without what moved in it.

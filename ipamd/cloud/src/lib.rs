@@ -68,11 +68,14 @@ impl AwsCloud {
             | CloudRequest::DescribeInstanceType { .. }
             | CloudRequest::DescribeNode { .. }
             | CloudRequest::DescribeEni { .. }
+            | CloudRequest::DescribeUnattached { .. }
             | CloudRequest::DescribeSubnets { .. } => self.read_deadline,
             CloudRequest::CreateEni { .. }
             | CloudRequest::AttachEni { .. }
             | CloudRequest::SetDeleteOnTermination { .. }
+            | CloudRequest::SetSecurityGroups { .. }
             | CloudRequest::Assign { .. }
+            | CloudRequest::AssignNamed { .. }
             | CloudRequest::Unassign { .. }
             | CloudRequest::DetachEni { .. }
             | CloudRequest::DeleteEni { .. }

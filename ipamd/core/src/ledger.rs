@@ -23,12 +23,28 @@ pub enum Record {
     Node(NodeFacts),
     /// An ENI of ours and how far it has come; replaces what was known of it, but not its slots.
     Eni(EniRecord),
-    /// The ENI is no longer ours.
-    EniGone { eni: EniId },
+    /// The ENI is no longer ours. For a while a lagging reading may still show it.
+    EniGone {
+        eni: EniId,
+        #[serde(default)]
+        at: Time,
+    },
     /// EC2 has confirmed that the ENI holds these slots.
     Held { eni: EniId, slots: BTreeSet<IpNet> },
-    /// We decided to give these slots up. Written before EC2 is asked, so that nothing is handed out from them again.
-    GivenUp { eni: EniId, slots: BTreeSet<IpNet> },
+    /// We decided to give these slots back. Written before EC2 is asked, so that nothing is handed out from them again;
+    /// `Held` takes it back, `GivenUp` completes it.
+    Releasing { eni: EniId, slots: BTreeSet<IpNet> },
+    /// The ENI no longer holds these slots. For a while a lagging reading may still show them.
+    GivenUp {
+        eni: EniId,
+        slots: BTreeSet<IpNet>,
+        #[serde(default)]
+        at: Time,
+    },
+    /// All slots of the ENI that EC2 did not show when it was last read: not handed out, not forgotten. Empty: all there.
+    Unseen { eni: EniId, slots: BTreeSet<IpNet>, at: Time },
+    /// EC2 did not show the ENI on this instance when it was last read (`None`: it shows it again).
+    EniUnseen { eni: EniId, at: Option<Time> },
     /// A sandbox has this address. Written before the plugin hears of it.
     Allocated(Allocation),
     /// The sandbox is gone; the address cools from `at` on.
@@ -63,6 +79,15 @@ pub struct EniRecord {
     pub primary_ipv4: Ipv4Addr,
     pub attachment: Option<AttachmentId>,
     pub progress: Progress,
+    /// Made by us, by the tag it carries: only these are given back or have their groups changed.
+    #[serde(default)]
+    pub created: bool,
+    /// As EC2 showed them last, or as we asked for; empty where only IMDS has been read.
+    #[serde(default)]
+    pub security_groups: Vec<SecurityGroupId>,
+    /// Being given back since then: fenced, detached, deleted.
+    #[serde(default)]
+    pub leaving: Option<Time>,
 }
 
 impl EniRecord {
@@ -111,6 +136,16 @@ pub struct LedgerState {
     pub enis: BTreeMap<EniId, EniRecord>,
     /// Slots EC2 has confirmed and nobody has given up, by ENI.
     pub slots: BTreeMap<EniId, BTreeSet<IpNet>>,
+    /// Of those: being given back.
+    pub releasing: BTreeMap<EniId, BTreeSet<IpNet>>,
+    /// Of those: not shown by EC2, since when.
+    pub unseen: BTreeMap<EniId, BTreeMap<IpNet, Time>>,
+    /// ENIs that EC2 does not show on this instance, since when.
+    pub enis_unseen: BTreeMap<EniId, Time>,
+    /// Given up a short while ago: a reading that still shows them may be old.
+    pub given_up: BTreeMap<IpNet, Time>,
+    /// ENIs gone a short while ago, likewise.
+    pub forgotten: BTreeMap<EniId, Time>,
     pub pods: BTreeMap<SandboxId, Allocation>,
     /// When each address that once served a pod was freed: for the cool-down and for oldest-freed-first.
     pub freed: BTreeMap<IpAddr, Time>,
@@ -127,18 +162,53 @@ impl LedgerState {
                 self.node = Some(facts.clone());
             }
             Record::Eni(eni) => {
+                self.forgotten.remove(&eni.id);
                 self.enis.insert(eni.id.clone(), eni.clone());
             }
-            Record::EniGone { eni } => {
+            Record::EniGone { eni, at } => {
+                let held = self.slots.remove(eni).unwrap_or_default();
+                self.freed.retain(|address, _| !held.iter().any(|slot| slot.contains(address)));
+                self.given_up.extend(held.into_iter().map(|slot| (slot, *at)));
                 self.enis.remove(eni);
-                self.slots.remove(eni);
+                self.releasing.remove(eni);
+                self.unseen.remove(eni);
+                self.enis_unseen.remove(eni);
+                self.forgotten.insert(eni.clone(), *at);
             }
-            Record::Held { eni, slots } => self.slots.entry(eni.clone()).or_default().extend(slots),
-            Record::GivenUp { eni, slots } => {
-                if let Some(held) = self.slots.get_mut(eni) {
-                    held.retain(|slot| !slots.contains(slot));
+            Record::Held { eni, slots } => {
+                self.slots.entry(eni.clone()).or_default().extend(slots);
+                drop_from(&mut self.releasing, eni, |slot| slots.contains(slot));
+                for slot in slots {
+                    self.given_up.remove(slot);
                 }
+            }
+            Record::Releasing { eni, slots } => {
+                let held = self.slots.get(eni).cloned().unwrap_or_default();
+                self.releasing.entry(eni.clone()).or_default().extend(slots.intersection(&held));
+            }
+            Record::GivenUp { eni, slots, at } => {
+                drop_from(&mut self.slots, eni, |slot| slots.contains(slot));
+                drop_from(&mut self.releasing, eni, |slot| slots.contains(slot));
+                if let Some(unseen) = self.unseen.get_mut(eni) {
+                    unseen.retain(|slot, _| !slots.contains(slot));
+                }
+                self.unseen.retain(|_, slots| !slots.is_empty());
                 self.freed.retain(|address, _| !slots.iter().any(|slot| slot.contains(address)));
+                self.given_up.extend(slots.iter().map(|slot| (*slot, *at)));
+            }
+            Record::Unseen { eni, slots, at } => {
+                let before = self.unseen.remove(eni).unwrap_or_default();
+                let since = |slot: &IpNet| before.get(slot).copied().unwrap_or(*at);
+                let now: BTreeMap<IpNet, Time> = slots.iter().map(|slot| (*slot, since(slot))).collect();
+                if !now.is_empty() {
+                    self.unseen.insert(eni.clone(), now);
+                }
+            }
+            Record::EniUnseen { eni, at: Some(at) } => {
+                self.enis_unseen.entry(eni.clone()).or_insert(*at);
+            }
+            Record::EniUnseen { eni, at: None } => {
+                self.enis_unseen.remove(eni);
             }
             Record::Allocated(allocation) => {
                 self.pods.insert(allocation.sandbox.clone(), allocation.clone());
@@ -186,6 +256,26 @@ impl LedgerState {
         records.extend(self.enis.values().cloned().map(Record::Eni));
         let held = self.slots.iter().filter(|(_, slots)| !slots.is_empty());
         records.extend(held.map(|(eni, slots)| Record::Held { eni: eni.clone(), slots: slots.clone() }));
+        let leaving = self.releasing.iter();
+        records.extend(leaving.map(|(eni, slots)| Record::Releasing { eni: eni.clone(), slots: slots.clone() }));
+        for (eni, slots) in &self.unseen {
+            // The record carries one time for all: oldest first, so that each slot keeps its own.
+            let mut by_age: Vec<(Time, IpNet)> = slots.iter().map(|(slot, at)| (*at, *slot)).collect();
+            by_age.sort_unstable();
+            let mut so_far = BTreeSet::new();
+            for (at, slot) in by_age {
+                so_far.insert(slot);
+                records.push(Record::Unseen { eni: eni.clone(), slots: so_far.clone(), at });
+            }
+        }
+        let unseen = self.enis_unseen.iter();
+        records.extend(unseen.map(|(eni, at)| Record::EniUnseen { eni: eni.clone(), at: Some(*at) }));
+        records.extend(self.forgotten.iter().map(|(eni, at)| Record::EniGone { eni: eni.clone(), at: *at }));
+        records.extend(self.given_up.iter().filter_map(|(slot, at)| {
+            // Whose it was matters no more; the record needs an ENI to name.
+            let eni = self.enis.keys().chain(self.forgotten.keys()).next()?.clone();
+            Some(Record::GivenUp { eni, slots: BTreeSet::from([*slot]), at: *at })
+        }));
         records.extend(self.freed.iter().filter_map(|(address, at)| self.freed_record(*address, *at)));
         records.extend(self.pods.values().cloned().map(Record::Allocated));
         records.extend(self.creations.values().cloned().map(Record::Creating));
@@ -207,5 +297,14 @@ impl LedgerState {
             at,
         };
         Some(Record::Released { allocation, at })
+    }
+}
+
+fn drop_from(slots: &mut BTreeMap<EniId, BTreeSet<IpNet>>, eni: &EniId, which: impl Fn(&IpNet) -> bool) {
+    if let Some(held) = slots.get_mut(eni) {
+        held.retain(|slot| !which(slot));
+        if held.is_empty() {
+            slots.remove(eni);
+        }
     }
 }

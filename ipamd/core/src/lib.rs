@@ -6,9 +6,11 @@
 //! Read in this order: `ports` (what is asked of the world), `pool` (the state machine), and the questions it asks, one
 //! small pure module each: `target` (how many addresses), `plan` (where from), `pick` (which one).
 
+pub mod audit;
 pub mod ids;
 pub mod ledger;
 pub mod limits;
+pub mod naming;
 pub mod netplan;
 pub mod pick;
 pub mod plan;

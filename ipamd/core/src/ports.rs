@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,9 @@ pub enum CloudRequest {
     DescribeNode { instance: InstanceId },
     /// EC2 DescribeNetworkInterfaces by id: the read-back after a mutation whose reply was lost.
     DescribeEni { eni: EniId },
+    /// EC2 DescribeNetworkInterfaces, filters status=available, vpc-id, tag-key `node.k8s.amazonaws.com/instance_id` and
+    /// one per tag given, all pages: ENIs an IPAM made that belong to no instance.
+    DescribeUnattached { vpc: VpcId, tags: BTreeMap<String, String> },
     /// EC2 DescribeSubnets, filters vpc-id and availability-zone, all pages.
     DescribeSubnets { vpc: VpcId, availability_zone: String },
     /// EC2 CreateNetworkInterface, with its addresses and tags in the one call.
@@ -49,12 +52,17 @@ pub enum CloudRequest {
     SetDeleteOnTermination { eni: EniId, attachment: AttachmentId },
     /// EC2 AssignPrivateIpAddresses. Has no client token: after a lost reply, read back and adopt.
     Assign { eni: EniId, want: Want },
+    /// EC2 AssignPrivateIpAddresses with the addresses and prefixes named, never with AllowReassignment: gives an ENI back
+    /// what it lost while a pod lived there.
+    AssignNamed { eni: EniId, slots: BTreeSet<IpNet> },
     /// EC2 UnassignPrivateIpAddresses.
     Unassign { eni: EniId, slots: BTreeSet<IpNet> },
     /// EC2 DetachNetworkInterface, never with Force.
     DetachEni { eni: EniId, attachment: AttachmentId },
     /// EC2 DeleteNetworkInterface.
     DeleteEni { eni: EniId },
+    /// EC2 ModifyNetworkInterfaceAttribute (Groups).
+    SetSecurityGroups { eni: EniId, security_groups: Vec<SecurityGroupId> },
     /// EC2 CreateTags on one ENI.
     TagEni { eni: EniId, tags: BTreeMap<String, String> },
 }
@@ -65,12 +73,14 @@ impl CloudRequest {
         match self {
             Self::ReadMetadata => "ImdsRead",
             Self::DescribeInstanceType { .. } => "DescribeInstanceTypes",
-            Self::DescribeNode { .. } | Self::DescribeEni { .. } => "DescribeNetworkInterfaces",
+            Self::DescribeNode { .. } | Self::DescribeEni { .. } | Self::DescribeUnattached { .. } => {
+                "DescribeNetworkInterfaces"
+            }
             Self::DescribeSubnets { .. } => "DescribeSubnets",
             Self::CreateEni { .. } => "CreateNetworkInterface",
             Self::AttachEni { .. } => "AttachNetworkInterface",
-            Self::SetDeleteOnTermination { .. } => "ModifyNetworkInterfaceAttribute",
-            Self::Assign { .. } => "AssignPrivateIpAddresses",
+            Self::SetDeleteOnTermination { .. } | Self::SetSecurityGroups { .. } => "ModifyNetworkInterfaceAttribute",
+            Self::Assign { .. } | Self::AssignNamed { .. } => "AssignPrivateIpAddresses",
             Self::Unassign { .. } => "UnassignPrivateIpAddresses",
             Self::DetachEni { .. } => "DetachNetworkInterface",
             Self::DeleteEni { .. } => "DeleteNetworkInterface",
@@ -111,8 +121,8 @@ pub enum CloudReply {
     Metadata(Metadata),
     /// To `DescribeInstanceType`.
     InstanceType(InstanceLimits),
-    /// To `DescribeNode`: every ENI attached (or attaching) to the instance.
-    Node(Vec<EniView>),
+    /// To `DescribeNode`: every ENI attached (or attaching) to the instance. To `DescribeUnattached`: what was found.
+    Enis(Vec<EniView>),
     /// To `DescribeEni`.
     Eni(EniView),
     /// To `DescribeSubnets`.
@@ -141,6 +151,8 @@ pub struct Metadata {
     /// All IPv4 CIDRs of the VPC.
     pub vpc_cidrs: Vec<Ipv4Net>,
     pub enis: Vec<EniView>,
+    /// The instance is about to be taken away: a spot interruption or a scale-in has been announced.
+    pub terminating: bool,
 }
 
 /// One ENI as EC2 or IMDS shows it. IMDS knows neither tags, description nor attachment id: those are `None` or empty.
@@ -317,9 +329,18 @@ pub trait Kernel: Send + Sync + 'static {
     /// the plan whose link has not appeared yet is named in the report; the others are programmed all the same.
     fn apply(&self, plan: &NodePlan) -> impl Future<Output = Result<KernelReport, Self::Error>> + Send;
 
-    /// Every pod route of this node: addresses with a /32 route to a veth in the main table. The kernel's veto: an
-    /// address in this set is in use, whatever anybody else says.
-    fn pod_routes(&self) -> impl Future<Output = Result<BTreeSet<std::net::IpAddr>, Self::Error>> + Send;
+    /// The pods of this node as the kernel shows them.
+    fn pods(&self) -> impl Future<Output = Result<PodsSeen, Self::Error>> + Send;
+}
+
+/// What the kernel shows of pods.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodsSeen {
+    /// Addresses with a /32 route to a veth in the main table. The kernel's veto: an address in this set is in use,
+    /// whatever anybody else says.
+    pub routes: BTreeSet<IpAddr>,
+    /// Names of all veths. A pod's dies with its network namespace.
+    pub links: BTreeSet<String>,
 }
 
 /// What `Kernel::apply` found and did.

@@ -31,6 +31,13 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("ADDITIONAL_ENI_TAGS", "{}", "JSON object of further tags on ENIs we create"),
     ("CLUSTER_NAME", "", "adds the cluster's tags to ENIs we create"),
     ("DISABLE_NETWORK_RESOURCE_PROVISIONING", "false", "never change anything in EC2; serve what the node has"),
+    ("ENABLE_IMDS_ONLY_MODE", "false", "never call EC2, not even to read; trust the instance metadata"),
+    ("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "false", "ENIs in the ENIConfig's subnet; none of the primary's addresses"),
+    ("ENABLE_SUBNET_DISCOVERY", "true", "new ENIs in any subnet of the zone tagged kubernetes.io/role/cni"),
+    ("MANAGE_UNTAGGED_ENI", "true", "use ENIs that nobody tagged as this node's"),
+    ("AWS_MANAGE_ENIS_NON_SCHEDULABLE", "false", "take and give back in EC2 while the node is unschedulable"),
+    ("DISABLE_LEAKED_ENI_CLEANUP", "false", "leave unattached ENIs of this cluster alone"),
+    ("ENABLE_POD_ENI", "false", "keep one ENI slot free for the trunk of security groups for pods"),
     ("MAX_PODS", "110", "addresses beyond this many are never wanted"),
 ];
 
@@ -49,6 +56,15 @@ pub struct Settings {
     pub eni_tags: BTreeMap<String, String>,
     pub cluster_name: Option<String>,
     pub provisioning: bool,
+    /// EC2 is never called; implies no provisioning.
+    pub imds_only: bool,
+    pub custom_networking: bool,
+    pub subnet_discovery: bool,
+    pub manage_untagged: bool,
+    pub manage_unschedulable: bool,
+    pub leaked_cleanup: bool,
+    /// Keep a slot free for the trunk ENI.
+    pub trunk_reserve: bool,
 }
 
 /// A variable with a value that is not allowed.
@@ -85,6 +101,7 @@ impl Settings {
             "AWS_VPC_K8S_CNI_RANDOMIZESNAT",
             &[("prng", PortChoice::FullyRandom), ("hashrandom", PortChoice::Random), ("none", PortChoice::Keep)],
         );
+        let imds_only = p.flag("ENABLE_IMDS_ONLY_MODE", false);
         let external = p.flag("AWS_VPC_K8S_CNI_EXTERNALSNAT", false);
         let settings = Self {
             policy,
@@ -99,7 +116,14 @@ impl Settings {
             veth_prefix: p.veth_prefix(),
             eni_tags: p.tags(),
             cluster_name: p.text("CLUSTER_NAME"),
-            provisioning: !p.flag("DISABLE_NETWORK_RESOURCE_PROVISIONING", false),
+            provisioning: !p.flag("DISABLE_NETWORK_RESOURCE_PROVISIONING", false) && !imds_only,
+            imds_only,
+            custom_networking: p.flag("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", false),
+            subnet_discovery: p.flag("ENABLE_SUBNET_DISCOVERY", true),
+            manage_untagged: p.flag("MANAGE_UNTAGGED_ENI", true),
+            manage_unschedulable: p.flag("AWS_MANAGE_ENIS_NON_SCHEDULABLE", false),
+            leaked_cleanup: !p.flag("DISABLE_LEAKED_ENI_CLEANUP", false) && !imds_only,
+            trunk_reserve: p.flag("ENABLE_POD_ENI", false),
         };
         if p.errors.is_empty() { Ok(settings) } else { Err(p.errors) }
     }

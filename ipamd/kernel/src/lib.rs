@@ -11,7 +11,6 @@ mod address;
 mod check;
 pub mod error;
 mod link;
-mod naming;
 mod netlink;
 pub mod netns;
 pub mod nft;

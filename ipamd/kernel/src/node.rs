@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use flatwire_core::ids::{EniId, MacAddress, RouteTable};
 use flatwire_core::netplan::{ENI_MARK_MASK, EniPlan, NodePlan, PRIMARY_MARK, priority};
-use flatwire_core::ports::{Kernel, KernelReport};
+use flatwire_core::ports::{Kernel, KernelReport, PodsSeen};
 use ipnet::{IpNet, Ipv4Net};
 use tokio::sync::Mutex;
 
@@ -103,16 +103,18 @@ impl Kernel for NodeKernel {
         Ok(KernelReport::default())
     }
 
-    async fn pod_routes(&self) -> Result<BTreeSet<IpAddr>, KernelError> {
+    async fn pods(&self) -> Result<PodsSeen, KernelError> {
         let links = self.nl.links().await?;
         let veths: BTreeSet<u32> = links.iter().filter(|link| link.is_veth()).map(|link| link.index).collect();
+        let names = links.into_iter().filter(|link| link.is_veth()).map(|link| link.name).collect();
         let mut routes = self.nl.routes().await?;
         routes.extend(self.nl.routes_of(IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)).await?);
-        Ok(routes
+        let routes = routes
             .into_iter()
             .filter(|route| is_host_route(route) && route.link.is_some_and(|link| veths.contains(&link)))
             .map(|route| route.destination.addr())
-            .collect())
+            .collect();
+        Ok(PodsSeen { routes, links: names })
     }
 }
 

@@ -24,12 +24,12 @@ use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use nix::errno::Errno;
 
 pub use crate::check::{Expected, check};
-pub use crate::naming::host_if_name;
+pub use flatwire_core::naming::host_if_name;
 
 use crate::address::{add_address, add_neighbour};
 use crate::error::KernelError;
 use crate::link::{Link, POD_GROUP, VethEnd, check_name, delete_link, first_link, get_link, new_veth, set_up};
-use crate::naming::mac;
+use flatwire_core::naming::mac;
 use crate::netlink::{Netlink, RouteRequest};
 use crate::netns::{Netns, in_netns};
 use crate::route::{Route, add_route, delete_route, first_route, match_route, replace_route};

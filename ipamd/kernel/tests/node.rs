@@ -490,13 +490,13 @@ fn pod_routes_are_a_veto_and_pods_of_the_add_on_count() {
         sh("ip route add 10.0.0.2 via 10.0.0.1 dev eth0 proto dhcp");
         let kernel = NodeKernel::open().unwrap();
         kernel.apply(&plan()).await.unwrap();
-        assert!(kernel.pod_routes().await.unwrap().is_empty());
+        assert!(kernel.pods().await.unwrap().routes.is_empty());
         let (wiring, _netns) = pod("pod-b", "10.0.1.21").await;
         // As the add-on wires: no group, no protocol number, two rules.
         sh("ip link add eni0000000001 type veth peer name x; ip link set eni0000000001 up
             ip route add 10.0.1.33 dev eni0000000001
             ip rule add pref 512 to 10.0.1.33 lookup main; ip rule add pref 1536 from 10.0.1.33 lookup 2");
-        let routes: Vec<String> = kernel.pod_routes().await.unwrap().iter().map(ToString::to_string).collect();
+        let routes: Vec<String> = kernel.pods().await.unwrap().routes.iter().map(ToString::to_string).collect();
         assert_eq!(routes, ["10.0.1.21", "10.0.1.33"]);
         let repaired = kernel.apply(&plan()).await.unwrap().repaired;
         assert_eq!(repaired, ["interface eni0000000001 put into group 70"]);

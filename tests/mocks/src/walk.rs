@@ -356,7 +356,7 @@ impl Walk {
             assert_eq!((error.kind, error.code.as_str()), (Kind::NotFound, code), "{error}");
             assert!(error.request_id.is_some() && !error.message.is_empty(), "{error:?}");
         }
-        let CloudReply::Node(nobody) = self
+        let CloudReply::Enis(nobody) = self
             .call(CloudRequest::DescribeNode { instance: InstanceId::new("i-00000000000000001").unwrap() })
             .await
             .unwrap()
@@ -477,7 +477,7 @@ impl Walk {
 
     async fn node(&self) -> Vec<EniView> {
         match self.call(CloudRequest::DescribeNode { instance: self.place.instance.clone() }).await.unwrap() {
-            CloudReply::Node(enis) => enis,
+            CloudReply::Enis(enis) => enis,
             other => panic!("{other:?}"),
         }
     }

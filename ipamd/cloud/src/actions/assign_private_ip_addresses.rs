@@ -1,4 +1,4 @@
-//! AssignPrivateIpAddresses by count: single addresses or /28 prefixes, never both.
+//! AssignPrivateIpAddresses by count (single addresses or /28 prefixes, never both) or by name.
 //!
 //! AllowReassignment is never sent: its default, off, is the fence that keeps this node from taking another one's
 //! address.
@@ -6,10 +6,12 @@
 use std::collections::BTreeSet;
 
 use aws_sdk_ec2::Client;
+use aws_sdk_ec2::operation::assign_private_ip_addresses::AssignPrivateIpAddressesOutput;
 use flatwire_core::ids::EniId;
 use flatwire_core::ports::{CloudError, CloudReply, Want};
 use ipnet::IpNet;
 
+use super::unassign_private_ip_addresses::split;
 use crate::client::once;
 use crate::convert::{field, host, to_i32};
 use crate::errors::{for_want, from_sdk};
@@ -30,6 +32,27 @@ pub async fn assign(ec2: &Client, eni: &EniId, want: Want) -> Result<CloudReply,
         .send()
         .await
         .map_err(|failure| for_want(want, from_sdk(ACTION, failure)))?;
+    assigned(&answer)
+}
+
+/// Gives the ENI these very addresses and prefixes; EC2 refuses if one of them is somebody else's.
+pub async fn assign_named(ec2: &Client, eni: &EniId, slots: &BTreeSet<IpNet>) -> Result<CloudReply, CloudError> {
+    let (addresses, prefixes) = split(ACTION, slots)?;
+    let texts = |list: Vec<String>| (!list.is_empty()).then_some(list);
+    let answer = ec2
+        .assign_private_ip_addresses()
+        .network_interface_id(eni.as_str())
+        .set_private_ip_addresses(texts(addresses.iter().map(ToString::to_string).collect()))
+        .set_ipv4_prefixes(texts(prefixes.iter().map(ToString::to_string).collect()))
+        .customize()
+        .config_override(once())
+        .send()
+        .await
+        .map_err(|failure| from_sdk(ACTION, failure))?;
+    assigned(&answer)
+}
+
+fn assigned(answer: &AssignPrivateIpAddressesOutput) -> Result<CloudReply, CloudError> {
     let mut assigned = BTreeSet::new();
     for address in answer.assigned_private_ip_addresses() {
         assigned.insert(host(field(ACTION, "privateIpAddress", address.private_ip_address())?));

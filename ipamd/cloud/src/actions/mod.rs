@@ -24,6 +24,7 @@ pub async fn perform(ec2: &Client, request: &CloudRequest) -> Result<CloudReply,
         CloudRequest::DescribeInstanceType { instance_type } => describe_instance_types::one(ec2, instance_type).await,
         CloudRequest::DescribeNode { instance } => describe_network_interfaces::of_instance(ec2, instance).await,
         CloudRequest::DescribeEni { eni } => describe_network_interfaces::by_id(ec2, eni).await,
+        CloudRequest::DescribeUnattached { vpc, tags } => describe_network_interfaces::unattached(ec2, vpc, tags).await,
         CloudRequest::DescribeSubnets { vpc, availability_zone } => {
             describe_subnets::of_zone(ec2, vpc, availability_zone).await
         }
@@ -36,6 +37,10 @@ pub async fn perform(ec2: &Client, request: &CloudRequest) -> Result<CloudReply,
         CloudRequest::SetDeleteOnTermination { eni, attachment } => {
             modify_network_interface_attribute::delete_on_termination(ec2, eni, attachment).await
         }
+        CloudRequest::SetSecurityGroups { eni, security_groups } => {
+            modify_network_interface_attribute::security_groups(ec2, eni, security_groups).await
+        }
+        CloudRequest::AssignNamed { eni, slots } => assign_private_ip_addresses::assign_named(ec2, eni, slots).await,
         CloudRequest::Assign { eni, want } => assign_private_ip_addresses::assign(ec2, eni, *want).await,
         CloudRequest::Unassign { eni, slots } => unassign_private_ip_addresses::unassign(ec2, eni, slots).await,
         CloudRequest::DetachEni { eni: _, attachment } => detach_network_interface::detach(ec2, attachment).await,

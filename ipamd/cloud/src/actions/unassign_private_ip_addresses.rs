@@ -19,7 +19,7 @@ const ACTION: &str = "UnassignPrivateIpAddresses";
 const PREFIX_LEN: u8 = 28;
 
 pub async fn unassign(ec2: &Client, eni: &EniId, slots: &BTreeSet<IpNet>) -> Result<CloudReply, CloudError> {
-    let (addresses, prefixes) = split(slots)?;
+    let (addresses, prefixes) = split(ACTION, slots)?;
     if !addresses.is_empty() {
         ec2.unassign_private_ip_addresses()
             .network_interface_id(eni.as_str())
@@ -43,14 +43,15 @@ pub async fn unassign(ec2: &Client, eni: &EniId, slots: &BTreeSet<IpNet>) -> Res
     Ok(CloudReply::Done)
 }
 
-fn split(slots: &BTreeSet<IpNet>) -> Result<(Vec<Ipv4Addr>, Vec<Ipv4Net>), CloudError> {
+/// Addresses and prefixes apart, as EC2 takes them.
+pub fn split(action: &str, slots: &BTreeSet<IpNet>) -> Result<(Vec<Ipv4Addr>, Vec<Ipv4Net>), CloudError> {
     let mut addresses = Vec::new();
     let mut prefixes = Vec::new();
     for slot in slots {
         match slot {
             IpNet::V4(net) if net.prefix_len() == net.max_prefix_len() => addresses.push(net.addr()),
             IpNet::V4(net) if net.prefix_len() == PREFIX_LEN => prefixes.push(*net),
-            other => return Err(invalid(ACTION, format!("{other} is neither an IPv4 address nor a /28"))),
+            other => return Err(invalid(action, format!("{other} is neither an IPv4 address nor a /28"))),
         }
     }
     Ok((addresses, prefixes))

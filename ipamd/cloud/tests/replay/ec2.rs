@@ -102,7 +102,7 @@ async fn describe_node_filters_and_follows_every_page() {
         Some(token) if token == "opaque==" => Answer::ok(include_str!("answers/describe_network_interfaces_2.xml")),
         Some(other) => refusal(400, "InvalidPaginationToken", &other),
     });
-    let CloudReply::Node(enis) = bench.call(CloudRequest::DescribeNode { instance: instance() }).await.unwrap() else {
+    let CloudReply::Enis(enis) = bench.call(CloudRequest::DescribeNode { instance: instance() }).await.unwrap() else {
         panic!("not a node")
     };
 

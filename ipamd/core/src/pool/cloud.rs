@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use ipnet::{IpNet, Ipv4Net};
 
+use super::grow::TAG_INSTANCE;
 use super::setback::Subject;
 use super::{Live, Note, Op, OpId, Out, Pool};
 use crate::ids::{AttachmentId, DeviceIndex, EniId, Time};
@@ -55,7 +56,7 @@ impl Pool {
                 self.recovered(&Subject::Action("DescribeInstanceTypes".to_owned()));
                 self.limits = Some(limits);
             }
-            (Op::Verify, Ok(CloudReply::Node(views))) => self.node_verified(&views, asked_at, now, out),
+            (Op::Verify, Ok(CloudReply::Enis(views))) => self.node_verified(&views, asked_at, now, out),
             (Op::ReadBack(_), Ok(CloudReply::Eni(view))) => {
                 self.recovered(&Subject::Action("DescribeNetworkInterfaces".to_owned()));
                 self.compare_slots(&view, asked_at, now, out);
@@ -79,7 +80,7 @@ impl Pool {
                 }
                 self.gain(&eni, slots, now, out);
             }
-            (Op::Delete(eni), Ok(CloudReply::Done)) => self.forget_eni(&eni, out),
+            (Op::Delete(eni), Ok(CloudReply::Done)) => self.forget_eni(&eni, now, out),
             (op, Ok(reply)) => {
                 let error = CloudError {
                     kind: CloudErrorKind::Transient,
@@ -222,6 +223,9 @@ impl Pool {
             primary_ipv4: view.primary_ipv4,
             attachment: view.attachment.clone(),
             progress,
+            created: self.made_by_us(view),
+            security_groups: view.security_groups.clone(),
+            leaving: None,
         };
         self.record(Record::Eni(record), out);
         self.live.insert(view.id.clone(), Live::new(now));
@@ -295,6 +299,9 @@ impl Pool {
             primary_ipv4: view.primary_ipv4,
             attachment: None,
             progress: Progress::Created,
+            created: true,
+            security_groups: view.security_groups.clone(),
+            leaving: None,
         };
         self.record(Record::Eni(record), out);
         self.live.insert(view.id.clone(), Live::new(now));
@@ -336,9 +343,9 @@ impl Pool {
         out.note(Note::Gained { eni: eni.clone(), slots });
     }
 
-    fn forget_eni(&mut self, eni: &EniId, out: &mut Out) {
+    fn forget_eni(&mut self, eni: &EniId, now: Time, out: &mut Out) {
         self.recovered(&Subject::Eni(eni.clone()));
-        self.record(Record::EniGone { eni: eni.clone() }, out);
+        self.record(Record::EniGone { eni: eni.clone(), at: now }, out);
         self.live.remove(eni);
         out.note(Note::EniMoved { eni: eni.clone(), to: "deleted", after_ms: 0 });
     }
@@ -394,7 +401,7 @@ impl Pool {
                     self.record(Record::CreationEnded { token }, out);
                 }
             }
-            Op::Attach(eni) if kind == K::NotFound && self.is_lost(&eni, now) => self.forget_eni(&eni, out),
+            Op::Attach(eni) if kind == K::NotFound && self.is_lost(&eni, now) => self.forget_eni(&eni, now, out),
             Op::Attach(eni) => {
                 if kind == K::InstanceFull {
                     let attached = self.ledger.enis.values().filter(|e| e.progress >= Progress::Attached).count();
@@ -412,7 +419,7 @@ impl Pool {
                 self.verify_due |= kind.outcome_unknown() || kind == K::Busy;
                 self.set_back(Subject::Eni(eni.clone()), eni.to_string(), error, now, out);
             }
-            Op::Delete(eni) if kind == K::NotFound => self.forget_eni(&eni, out),
+            Op::Delete(eni) if kind == K::NotFound => self.forget_eni(&eni, now, out),
             Op::Settle(eni) | Op::Delete(eni) => {
                 self.set_back(Subject::Eni(eni.clone()), eni.to_string(), error, now, out);
             }
@@ -437,6 +444,12 @@ impl Pool {
                 .and_then(|(_, cidr)| cidr)
         };
         view.subnet_cidr.or_else(by_neighbour)
+    }
+
+    /// By the tag every IPAM of this contract puts on the ENIs it makes.
+    fn made_by_us(&self, view: &EniView) -> bool {
+        let instance = self.ledger.node.as_ref().map(|node| node.instance.as_str());
+        view.device != DeviceIndex::PRIMARY && view.tags.get(TAG_INSTANCE).map(String::as_str) == instance
     }
 
     /// The lowest device number that nothing of ours or anybody else's has.

@@ -12,7 +12,7 @@ use crate::ports::{CloudRequest, Want};
 use crate::target::{self, Counts, Frame, Mode, PREFIX_SIZE, Target, Wanted};
 
 /// Tags and description of the add-on: its collector of leaked ENIs and its IAM policies know them.
-const TAG_INSTANCE: &str = "node.k8s.amazonaws.com/instance_id";
+pub(super) const TAG_INSTANCE: &str = "node.k8s.amazonaws.com/instance_id";
 const TAG_CREATED: &str = "node.k8s.amazonaws.com/createdAt";
 const TAG_CLUSTER: &str = "cluster.k8s.amazonaws.com/name";
 const TAG_OWNER: (&str, &str) = ("eks:eni:owner", "amazon-vpc-cni");
@@ -154,7 +154,7 @@ impl Pool {
     pub(super) fn counts(&self, now: Time) -> Counts {
         let mut counts = Counts { waiting: u32::try_from(self.waiting.len()).unwrap_or(u32::MAX), ..Counts::default() };
         let pods: std::collections::BTreeSet<_> = self.ledger.pods.values().map(|a| a.address).collect();
-        let orphaned = |address: &std::net::IpAddr| self.kernel.pod_routes.contains(address) && !pods.contains(address);
+        let orphaned = |address: &std::net::IpAddr| self.kernel.pods.routes.contains(address) && !pods.contains(address);
         for (id, slots) in &self.ledger.slots {
             let Some(live) = self.live.get(id) else { continue };
             if live.gone || self.is_stuck(id, now) {

@@ -1,7 +1,6 @@
 //! The kernel's side: computing the node's data path from the pool, and learning what stands.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -10,7 +9,7 @@ use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, Note, Op, OpId, Out, Pool}
 use crate::ids::{DeviceIndex, Time};
 use crate::ledger::Progress;
 use crate::netplan::{EniPlan, NodePlan, PrimaryPlan};
-use crate::ports::{CloudError, CloudErrorKind, KernelReport};
+use crate::ports::{CloudError, CloudErrorKind, KernelReport, PodsSeen};
 
 impl Pool {
     /// Has the kernel made what the plan says: when the plan changed, when a link was missing, and now and then anyway.
@@ -37,15 +36,15 @@ impl Pool {
     pub(super) fn kernel_answered(
         &mut self,
         id: OpId,
-        result: Result<(KernelReport, BTreeSet<IpAddr>), String>,
+        result: Result<(KernelReport, PodsSeen), String>,
         now: Time,
         out: &mut Out,
     ) {
         let Some((Op::Program { revision }, _)) = self.ops.remove(&id) else { return };
         self.kernel.in_flight = false;
         let report = match result {
-            Ok((report, pod_routes)) => {
-                self.kernel.pod_routes = pod_routes;
+            Ok((report, pods)) => {
+                self.kernel.pods = pods;
                 report
             }
             Err(error) => {

@@ -25,10 +25,11 @@ use serde::{Deserialize, Serialize};
 pub use setback::Setback;
 pub use view::{EniRow, Failure, PoolStatus, Reason};
 
-use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, Time};
+use crate::audit::AuditReport;
+use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, SecurityGroupId, SubnetId, Time};
 use crate::ledger::{Allocation, LedgerState, Record};
 use crate::netplan::NodePlan;
-use crate::ports::{CloudError, CloudReply, CloudRequest, EniView, InstanceLimits, KernelReport, Want};
+use crate::ports::{CloudError, CloudReply, CloudRequest, EniView, InstanceLimits, KernelReport, PodsSeen, Want};
 use crate::settings::Settings;
 
 /// ADDs that wait at once; the next is refused at once, with the reason.
@@ -57,12 +58,62 @@ pub enum Event {
     Gc { request: RequestId, network: String, valid: BTreeSet<(String, String)> },
     /// An answer from EC2 or IMDS.
     Cloud { op: OpId, result: Result<CloudReply, CloudError> },
-    /// An answer from the kernel, with every address that has a pod route now; the error as text, with its causes.
-    Kernel { op: OpId, result: Result<(KernelReport, BTreeSet<IpAddr>), String> },
+    /// An answer from the kernel, with the pods it shows now; the error as text, with its causes.
+    Kernel { op: OpId, result: Result<(KernelReport, PodsSeen), String> },
+    /// What is said of this node from outside: by an operator, or by who watches the API server.
+    NodeState(NodeState),
+    /// Pods another IPAM has wired on this node (the add-on's state file), for a ledger that is empty.
+    Import(Vec<ImportedPod>),
+    /// Look at cloud and kernel again, compare all three views, and say what differs.
+    Audit { request: RequestId },
     /// Time passed.
     Tick,
     /// The daemon stops: whoever waits is told so.
     Stop,
+}
+
+/// What is said of this node from outside. The default says nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodeState {
+    pub level: Level,
+    /// The node has the taint node.kubernetes.io/unschedulable.
+    pub unschedulable: bool,
+    /// Pods bound to this node that need an address of the pool, whether they have one yet or not.
+    pub scheduled_pods: Option<u32>,
+    /// Subnet and groups of new ENIs, with custom networking.
+    pub eni_config: Option<EniConfig>,
+}
+
+/// How much the daemon may do in EC2: an operator's brake for incidents.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    #[default]
+    Normal,
+    /// Nothing is given back: no unassign, no detach, no delete.
+    NoRelease,
+    /// EC2 is not called at all; what the node has is served.
+    NoCloud,
+}
+
+/// The ENIConfig that applies to this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EniConfig {
+    pub subnet: SubnetId,
+    /// Empty: those of the primary ENI.
+    #[serde(default)]
+    pub security_groups: Vec<SecurityGroupId>,
+}
+
+/// A pod of another IPAM's state file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImportedPod {
+    pub sandbox: SandboxId,
+    pub pod: PodName,
+    pub address: IpAddr,
+    pub at: Time,
 }
 
 /// A wish.
@@ -100,6 +151,8 @@ pub enum Answer {
     Unknown,
     /// To a GC: what the runtime no longer lists.
     Stale(Vec<Allocation>),
+    /// To an audit.
+    Audited(AuditReport),
     Failed(Failure),
 }
 
@@ -222,8 +275,8 @@ struct KernelState {
     /// When to compare again although nothing changed.
     recheck_at: Option<Time>,
     missing_links: BTreeSet<EniId>,
-    /// Addresses with a pod route when the kernel was last read: in use, whatever the ledger says.
-    pod_routes: BTreeSet<IpAddr>,
+    /// The pods when the kernel was last read: an address with a route is in use, whatever the ledger says.
+    pods: PodsSeen,
 }
 
 /// The state machine. See the module's head.
@@ -255,6 +308,11 @@ pub struct Pool {
     unadopted: bool,
     /// When the next freed address will have cooled down.
     cooled_at: Option<Time>,
+    node_state: NodeState,
+    /// Pods of another IPAM's state file, until the ENIs are known.
+    imported: Vec<ImportedPod>,
+    /// Who waits for an audit.
+    audits: Vec<RequestId>,
     rng: u64,
     tokens: u64,
 }
@@ -304,6 +362,9 @@ impl Pool {
             verify_at: None,
             unadopted: false,
             cooled_at: None,
+            node_state: NodeState::default(),
+            imported: Vec::new(),
+            audits: Vec::new(),
             rng: seed,
             tokens: 0,
         }
@@ -321,6 +382,9 @@ impl Pool {
             Event::Gc { request, network, valid } => self.gc(request, &network, &valid, &mut out),
             Event::Cloud { op, result } => self.cloud_answered(op, result, now, &mut out),
             Event::Kernel { op, result } => self.kernel_answered(op, result, now, &mut out),
+            Event::NodeState(state) => self.node_state = state,
+            Event::Import(pods) => self.imported = pods,
+            Event::Audit { request } => self.audits.push(request),
             Event::Tick => {}
             Event::Stop => {
                 self.stop(&mut out);
@@ -386,7 +450,7 @@ impl Pool {
     fn record(&mut self, record: Record, out: &mut Out) {
         if let Record::Released { allocation, .. } = &record {
             // A DEL unwires before it releases; should the route still be there, the next look at the kernel says so.
-            self.kernel.pod_routes.remove(&allocation.address);
+            self.kernel.pods.routes.remove(&allocation.address);
         }
         self.ledger.apply(&record);
         out.records.push(record);

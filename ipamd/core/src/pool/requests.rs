@@ -132,7 +132,7 @@ impl Pool {
 
     /// Addresses of sandboxes, and addresses the kernel still routes to a pod although no sandbox is known.
     pub(super) fn in_use(&self) -> BTreeSet<IpAddr> {
-        let wired = self.kernel.pod_routes.iter().copied();
+        let wired = self.kernel.pods.routes.iter().copied();
         self.ledger.pods.values().map(|a| a.address).chain(wired).collect()
     }
 

@@ -96,7 +96,7 @@ impl World {
                         events.push_back(Event::Cloud { op, result });
                     }
                     Command::Kernel { op, plan } => {
-                        let result = Ok((self.kernel(&plan), self.pod_routes.clone()));
+                        let result = Ok((self.kernel(&plan), self.pods_seen()));
                         events.push_back(Event::Kernel { op, result });
                     }
                     Command::Note(note) => self.notes.push(note),
@@ -118,6 +118,10 @@ impl World {
         }
         self.now = self.now.max(until);
         self.step(Event::Tick);
+    }
+
+    fn pods_seen(&self) -> PodsSeen {
+        PodsSeen { routes: self.pod_routes.clone(), links: BTreeSet::new() }
     }
 
     fn kernel(&self, plan: &NodePlan) -> KernelReport {
@@ -156,7 +160,7 @@ impl World {
         match request {
             CloudRequest::ReadMetadata => CloudReply::Metadata(self.metadata()),
             CloudRequest::DescribeNode { .. } => {
-                CloudReply::Node(self.enis.values().filter(|e| e.attachment.is_some()).cloned().collect())
+                CloudReply::Enis(self.enis.values().filter(|e| e.attachment.is_some()).cloned().collect())
             }
             CloudRequest::DescribeEni { eni } => CloudReply::Eni(self.enis[&eni].clone()),
             CloudRequest::CreateEni { subnet, want, client_token, tags, description, security_groups } => {
@@ -228,6 +232,7 @@ impl World {
             primary_ipv4: primary.primary_ipv4,
             vpc_cidrs: vec!["10.0.0.0/16".parse().unwrap()],
             enis: self.enis.values().filter(|e| e.attachment.is_some()).cloned().collect(),
+            terminating: false,
         }
     }
 
@@ -654,7 +659,7 @@ fn a_node_without_its_primary_link_serves_nothing() {
             if let Command::Kernel { op, plan } = command {
                 let missing_links = [plan.primary.id.clone()].into();
                 let report = KernelReport { missing_links, ..KernelReport::default() };
-                let result = Ok((report, BTreeSet::new()));
+                let result = Ok((report, PodsSeen::default()));
                 served.extend(w.pool.step(Event::Kernel { op, result }, w.now));
             } else {
                 served.push(command);
@@ -701,6 +706,6 @@ fn a_reading_older_than_an_answer_takes_nothing_away() {
     let mut out = Out::default();
     let gained: BTreeSet<IpNet> = ["10.0.3.77/32".parse().unwrap()].into();
     w.pool.gain(&primary, gained, w.now, &mut out);
-    w.pool.step(Event::Cloud { op: asked, result: Ok(CloudReply::Node(vec![before])) }, w.now);
+    w.pool.step(Event::Cloud { op: asked, result: Ok(CloudReply::Enis(vec![before])) }, w.now);
     assert!(w.pool.status(w.now).enis[0].missing.is_empty());
 }

@@ -89,7 +89,7 @@ impl Lab {
 
     async fn node(&self) -> Vec<EniView> {
         match self.cloud.call(CloudRequest::DescribeNode { instance: self.place.instance.clone() }).await.unwrap() {
-            CloudReply::Node(enis) => enis,
+            CloudReply::Enis(enis) => enis,
             other => panic!("{other:?}"),
         }
     }

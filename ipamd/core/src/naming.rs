@@ -1,6 +1,6 @@
 //! Names and addresses that are computed, not chosen: the same input always gives the same link name and MAC.
 
-use flatwire_core::ids::MacAddress;
+use crate::ids::MacAddress;
 use sha1::{Digest, Sha1};
 
 /// Name of a pod's host interface: the prefix and 11 hex digits of SHA-1 over `namespace.pod`, or `namespace.pod.index`
@@ -23,7 +23,7 @@ pub fn host_if_name(prefix: &str, namespace: &str, pod: &str, index: u32) -> Str
 }
 
 /// A locally administered unicast MAC for one end of a sandbox's veth.
-pub(crate) fn mac(seed: &str, end: &str) -> MacAddress {
+pub fn mac(seed: &str, end: &str) -> MacAddress {
     let mut hash = Sha1::new();
     hash.update(end);
     hash.update([0]);
