@@ -13,13 +13,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use flatwire_core::ids::{SandboxId, Time};
 use flatwire_core::ledger::Record;
-use flatwire_core::pool::{Answer, Command, Event, Failure, OpId, Pool, PoolStatus, Reason, RequestId};
+use flatwire_core::pool::{Answer, Command, Event, Failure, NodeState, OpId, Pool, PoolStatus, Reason, RequestId};
 use flatwire_core::ports::{Cloud, CloudError, CloudErrorKind, CloudRequest, Kernel};
 use flatwire_store::journal::Journal;
 use flatwire_store::{checkpoint, releases};
 use tokio::sync::oneshot;
 
 use crate::metrics::Metrics;
+use crate::node_state::{self, NodeStateFile};
 use crate::notes;
 use crate::probe::{Effect, Point, Probe};
 
@@ -31,8 +32,8 @@ const MAX_BATCH: usize = 256;
 const CHECKPOINT_DELAY: Duration = Duration::from_millis(200);
 /// The longest a programming of the node may take.
 const KERNEL_DEADLINE: Duration = Duration::from_secs(30);
-/// How often the folder of queued releases is looked at.
-const RELEASES_EVERY: Duration = Duration::from_secs(2);
+/// How often the folder of queued releases and the state of the node are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 enum Input {
     Event(Event),
@@ -115,6 +116,7 @@ pub struct Driver<C, K, P> {
     pub metrics: Arc<Metrics>,
     pub checkpoint: PathBuf,
     pub release_queue: PathBuf,
+    pub node_state: NodeStateFile,
     pub probe: P,
 }
 
@@ -135,8 +137,9 @@ struct Loop<C, K, P> {
     started: (Time, Instant),
     last: Time,
     checkpoint_due: Option<Time>,
-    releases_due: Time,
+    look_due: Time,
     complained: std::collections::BTreeSet<PathBuf>,
+    node_state: NodeState,
     stopping: Option<oneshot::Sender<()>>,
 }
 
@@ -163,8 +166,9 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             started: (newest.max(wall_clock()), Instant::now()),
             last: Time::default(),
             checkpoint_due: None,
-            releases_due: Time::default(),
+            look_due: Time::default(),
             complained: std::collections::BTreeSet::new(),
+            node_state: NodeState::default(),
             stopping: None,
         };
         std::thread::Builder::new().name("pool".to_owned()).spawn(move || the_loop.run())?;
@@ -174,7 +178,9 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
 
 impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn run(&mut self) {
-        let mut events = vec![Event::Tick];
+        // Before the first step: an operator's brake holds from the start.
+        let mut events = self.look_at_node_state(node_state::cautious());
+        events.push(Event::Tick);
         // What the ledger says now is what a rollback should find, whether or not anything changes.
         self.checkpoint_due = Some(self.now());
         loop {
@@ -192,8 +198,8 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn next_events(&mut self) -> Vec<Event> {
         let now = self.now();
         let pool = self.driver.pool.poll_deadline().map(|(at, _)| at);
-        let due = [pool, self.checkpoint_due, Some(self.releases_due)].into_iter().flatten().min().unwrap_or(now);
-        let wait = Duration::from_millis(due.since_ms(now)).min(RELEASES_EVERY);
+        let due = [pool, self.checkpoint_due, Some(self.look_due)].into_iter().flatten().min().unwrap_or(now);
+        let wait = Duration::from_millis(due.since_ms(now)).min(LOOK_EVERY);
         let mut events = Vec::new();
         match self.inputs.recv_timeout(wait) {
             Ok(input) => self.take(input, &mut events),
@@ -366,7 +372,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         }
     }
 
-    /// What is due by the clock: the add-on's checkpoint, the queue of releases, a shorter journal.
+    /// What is due by the clock: the add-on's checkpoint, a shorter journal, the queue of releases, the state of the node.
     fn housekeeping(&mut self) {
         let now = self.now();
         if self.checkpoint_due.is_some_and(|at| at <= now) {
@@ -381,10 +387,38 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                 tracing::warn!(error = %notes::chain(&error), "the ledger stays long");
             }
         }
-        if self.releases_due <= now && self.stopping.is_none() {
-            self.releases_due = now.plus_ms(u64::try_from(RELEASES_EVERY.as_millis()).unwrap_or(0));
+        if self.look_due <= now && self.stopping.is_none() {
+            self.look_due = now.plus_ms(u64::try_from(LOOK_EVERY.as_millis()).unwrap_or(0));
             self.drain_releases();
+            let events = self.look_at_node_state(self.node_state.clone());
+            if !events.is_empty() {
+                self.handle(events);
+            }
         }
+    }
+
+    /// What is newly said of the node; `otherwise` holds where the file cannot be read.
+    fn look_at_node_state(&mut self, otherwise: NodeState) -> Vec<Event> {
+        let Some(said) = self.driver.node_state.look() else { return Vec::new() };
+        let state = said.unwrap_or_else(|error| {
+            self.driver.metrics.error("node_state");
+            let level = node_state::level_name(otherwise.level);
+            tracing::error!(error = %notes::chain(&error), level, "what is said of this node cannot be read; this holds");
+            otherwise
+        });
+        if state == self.node_state {
+            return Vec::new();
+        }
+        let level = node_state::level_name(state.level);
+        tracing::info!(
+            level,
+            unschedulable = state.unschedulable,
+            scheduled_pods = state.scheduled_pods,
+            "said of this node"
+        );
+        self.driver.metrics.node_state(&state);
+        self.node_state = state.clone();
+        vec![Event::NodeState(state)]
     }
 
     fn drain_releases(&mut self) {

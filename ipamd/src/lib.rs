@@ -13,6 +13,7 @@ mod driver;
 mod grpc;
 mod http;
 mod metrics;
+mod node_state;
 mod notes;
 mod run;
 mod status;

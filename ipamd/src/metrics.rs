@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use flatwire_cloud::CallObserver;
-use flatwire_core::pool::PoolStatus;
+use flatwire_core::pool::{Level, NodeState, PoolStatus};
 use flatwire_core::ports::CloudError;
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
@@ -29,6 +29,7 @@ pub struct Metrics {
     cooling: IntGauge,
     free: IntGauge,
     waiting: IntGauge,
+    level: IntGauge,
     prefixes: IntGauge,
     per_eni: IntGaugeVec,
     pub add_seconds: HistogramVec,
@@ -82,6 +83,7 @@ impl Metrics {
             cooling: gauge("flatwire_cooling_ip_addresses", "addresses freed too recently to be reused")?,
             free: gauge("flatwire_free_ip_addresses", "addresses that could be given this moment")?,
             waiting: gauge("flatwire_waiting_adds", "ADDs waiting for an address")?,
+            level: gauge("flatwire_level", "what the daemon may do in EC2: 0 all, 1 no release, 2 nothing")?,
             prefixes: gauge("awscni_total_ipv4_prefixes", "/28 prefixes held")?,
             per_eni,
             add_seconds: histogram("flatwire_add_seconds", "time to answer an ADD", &["outcome"])?,
@@ -91,6 +93,15 @@ impl Metrics {
 
     pub fn error(&self, place: &str) {
         self.errors.with_label_values(&[place]).inc();
+    }
+
+    /// What is said of this node from outside.
+    pub fn node_state(&self, state: &NodeState) {
+        self.level.set(match state.level {
+            Level::Normal => 0,
+            Level::NoRelease => 1,
+            Level::NoCloud => 2,
+        });
     }
 
     /// Everything in the text format, with the gauges as the pool stands now.
