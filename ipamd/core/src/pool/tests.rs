@@ -7,7 +7,7 @@ use ipnet::{IpNet, Ipv4Net};
 
 use super::*;
 use crate::ids::{InstanceId, SecurityGroupId, SubnetId, VpcId};
-use crate::ports::{CloudErrorKind, EniKind, EniStatus, Metadata};
+use crate::ports::{CloudErrorKind, EniKind, EniStatus, Metadata, SubnetView};
 
 /// What an answer to a call should be instead of the truth.
 type Fault = (&'static str, CloudErrorKind, &'static str);
@@ -24,6 +24,9 @@ struct World {
     lose: Vec<&'static str>,
     links_hidden: bool,
     pod_routes: BTreeSet<IpAddr>,
+    /// Sandboxes whose namespace is gone.
+    unplugged: BTreeSet<SandboxId>,
+    subnets: Vec<SubnetView>,
     calls: Vec<String>,
     journal: Vec<Record>,
     journal_broken: bool,
@@ -34,6 +37,15 @@ struct World {
 
 fn settings(vars: &[(&str, &str)]) -> Settings {
     Settings::parse(|name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned())).unwrap()
+}
+
+fn subnet(id: &str, free_addresses: u32, tags: &[(&str, &str)]) -> SubnetView {
+    SubnetView {
+        id: SubnetId::new(id).unwrap(),
+        cidr: "10.0.0.0/16".parse().unwrap(),
+        free_addresses,
+        tags: tags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+    }
 }
 
 fn sandbox(n: u32) -> SandboxId {
@@ -69,6 +81,8 @@ impl World {
             lose: Vec::new(),
             links_hidden: false,
             pod_routes: BTreeSet::new(),
+            unplugged: BTreeSet::new(),
+            subnets: vec![subnet("subnet-a", 60_000, &[])],
             calls: Vec::new(),
             journal: Vec::new(),
             journal_broken: false,
@@ -121,7 +135,9 @@ impl World {
     }
 
     fn pods_seen(&self) -> PodsSeen {
-        PodsSeen { routes: self.pod_routes.clone(), links: BTreeSet::new() }
+        let wired =
+            self.pool.ledger().pods.values().filter(|a| !self.unplugged.contains(&a.sandbox)).map(|a| a.address);
+        PodsSeen { routes: self.pod_routes.iter().copied().chain(wired).collect(), links: BTreeSet::new() }
     }
 
     fn kernel(&self, plan: &NodePlan) -> KernelReport {
@@ -162,6 +178,10 @@ impl World {
             CloudRequest::DescribeNode { .. } => {
                 CloudReply::Enis(self.enis.values().filter(|e| e.attachment.is_some()).cloned().collect())
             }
+            CloudRequest::DescribeSubnets { .. } => CloudReply::Subnets(self.subnets.clone()),
+            CloudRequest::DescribeUnattached { .. } => {
+                CloudReply::Enis(self.enis.values().filter(|e| e.attachment.is_none()).cloned().collect())
+            }
             CloudRequest::DescribeEni { eni } => CloudReply::Eni(self.enis[&eni].clone()),
             CloudRequest::CreateEni { subnet, want, client_token, tags, description, security_groups } => {
                 let id = EniId::new(format!("eni-{}", client_token.replace("fw-", ""))).unwrap();
@@ -201,6 +221,27 @@ impl World {
                 CloudReply::Done
             }
             CloudRequest::SetDeleteOnTermination { .. } => CloudReply::Done,
+            CloudRequest::SetSecurityGroups { eni, security_groups } => {
+                self.enis.get_mut(&eni).unwrap().security_groups = security_groups;
+                CloudReply::Done
+            }
+            CloudRequest::TagEni { eni, tags } => {
+                self.enis.get_mut(&eni).unwrap().tags.extend(tags);
+                CloudReply::Done
+            }
+            CloudRequest::AssignNamed { eni, slots } => {
+                self.enis.get_mut(&eni).unwrap().slots.extend(slots.iter().copied());
+                CloudReply::Assigned(slots)
+            }
+            CloudRequest::Unassign { eni, slots } => {
+                self.enis.get_mut(&eni).unwrap().slots.retain(|slot| !slots.contains(slot));
+                CloudReply::Done
+            }
+            CloudRequest::DetachEni { eni, .. } => {
+                let view = self.enis.get_mut(&eni).unwrap();
+                (view.status, view.attachment) = (EniStatus::Available, None);
+                CloudReply::Done
+            }
             other => panic!("not expected: {other:?}"),
         }
     }
