@@ -31,7 +31,7 @@ pub use serve::{drive, imds_router, router, wall_clock};
 pub use sigv4::{SignedRequest, sign};
 pub use state::pool::ReservationKind;
 pub use view::{
-    AttachmentInfo, AttachmentState, EniInfo, EniStatus, InstanceInfo, InstanceState, RuleInfo, RulePeer,
+    AttachmentInfo, AttachmentState, Ending, EniInfo, EniStatus, InstanceInfo, InstanceState, RuleInfo, RulePeer,
     SecurityGroupInfo, SubnetInfo, Tags, View, VpcView,
 };
 
