@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 
 use crate::metrics::Metrics;
 use crate::notes;
+use crate::probe::{Effect, Point, Probe};
 
 /// Requests that may be under way at once; one more is refused.
 pub const MAX_REQUESTS: usize = 2_048;
@@ -105,7 +106,7 @@ impl Drop for Abandon<'_> {
     }
 }
 
-pub struct Driver<C, K> {
+pub struct Driver<C, K, P> {
     pub pool: Pool,
     pub journal: Journal,
     pub cloud: Arc<C>,
@@ -114,6 +115,7 @@ pub struct Driver<C, K> {
     pub metrics: Arc<Metrics>,
     pub checkpoint: PathBuf,
     pub release_queue: PathBuf,
+    pub probe: P,
 }
 
 /// Who waits for an answer.
@@ -123,8 +125,8 @@ enum ReplyTo {
     Queue(PathBuf),
 }
 
-struct Loop<C, K> {
-    driver: Driver<C, K>,
+struct Loop<C, K, P> {
+    driver: Driver<C, K, P>,
     inputs: Receiver<Input>,
     sender: Sender<Input>,
     replies: BTreeMap<RequestId, ReplyTo>,
@@ -138,7 +140,7 @@ struct Loop<C, K> {
     stopping: Option<oneshot::Sender<()>>,
 }
 
-impl<C: Cloud, K: Kernel> Driver<C, K> {
+impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
     /// Starts the loop on a thread of its own.
     pub fn start(self) -> std::io::Result<Handle> {
         let (sender, inputs) = channel();
@@ -170,7 +172,7 @@ impl<C: Cloud, K: Kernel> Driver<C, K> {
     }
 }
 
-impl<C: Cloud, K: Kernel> Loop<C, K> {
+impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn run(&mut self) {
         let mut events = vec![Event::Tick];
         // What the ledger says now is what a rollback should find, whether or not anything changes.
@@ -243,7 +245,7 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
             }
         }
         if !records.is_empty() {
-            if let Err(error) = self.driver.journal.append(&records) {
+            if let Err(error) = self.effect(Effect::Persist, |driver| driver.journal.append(&records)) {
                 let text = notes::chain(&error);
                 tracing::error!(error = %text, "the ledger could not be written; nothing of this batch was promised");
                 self.take_back(records, rest, &text);
@@ -295,16 +297,27 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
         }
     }
 
+    /// Something the daemon changes outside its own memory, with its points.
+    fn effect<T>(&mut self, effect: Effect, act: impl FnOnce(&mut Driver<C, K, P>) -> T) -> T {
+        self.driver.probe.reached(Point::before(effect));
+        let done = act(&mut self.driver);
+        self.driver.probe.reached(Point::after(effect));
+        done
+    }
+
     fn carry_out(&mut self, command: Command) {
         match command {
             Command::Persist(_) => {}
             Command::Reply { request, answer } => self.reply(request, answer),
             Command::Cloud { op, request } => self.call_cloud(op, request),
             Command::Kernel { op, plan } => {
-                let (kernel, sender) = (self.driver.kernel.clone(), self.sender.clone());
+                let (kernel, sender, probe) =
+                    (self.driver.kernel.clone(), self.sender.clone(), self.driver.probe.clone());
                 self.driver.runtime.spawn(async move {
                     let work = async {
+                        probe.reached(Point::before(Effect::Program));
                         let report = kernel.apply(&plan).await?;
+                        probe.reached(Point::after(Effect::Program));
                         Ok((report, kernel.pods().await?))
                     };
                     let result = match tokio::time::timeout(KERNEL_DEADLINE, work).await {
@@ -319,10 +332,17 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
     }
 
     fn call_cloud(&self, op: OpId, request: CloudRequest) {
-        let (cloud, sender) = (self.driver.cloud.clone(), self.sender.clone());
+        let (cloud, sender, probe) = (self.driver.cloud.clone(), self.sender.clone(), self.driver.probe.clone());
         tracing::debug!(?op, ?request, "cloud call");
+        let effect = Effect::of(&request);
         self.driver.runtime.spawn(async move {
+            if let Some(effect) = effect {
+                probe.reached(Point::before(effect));
+            }
             let result = cloud.call(request).await;
+            if let Some(effect) = effect {
+                probe.reached(Point::after(effect));
+            }
             let _ = sender.send(Input::Event(Event::Cloud { op, result }));
         });
     }
@@ -330,14 +350,14 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
     fn reply(&mut self, request: RequestId, answer: Answer) {
         match self.replies.remove(&request) {
             Some(ReplyTo::Caller(reply)) => {
-                let _ = reply.send(answer);
+                let _ = self.effect(Effect::Reply, |_| reply.send(answer));
             }
             Some(ReplyTo::Queue(path)) => match answer {
                 Answer::Failed(failure) => {
                     tracing::warn!(path = %path.display(), why = failure.message, "queued release waits")
                 }
                 _ => {
-                    if let Err(error) = releases::settle(&path) {
+                    if let Err(error) = self.effect(Effect::Settle, |_| releases::settle(&path)) {
                         tracing::warn!(error = %notes::chain(&error), "a settled release stays in the queue");
                     }
                 }
@@ -351,10 +371,13 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
         let now = self.now();
         if self.checkpoint_due.is_some_and(|at| at <= now) {
             self.checkpoint_due = None;
-            if let Err(error) = checkpoint::write(&self.driver.checkpoint, self.driver.pool.ledger()) {
+            let written = self.effect(Effect::Checkpoint, |d| checkpoint::write(&d.checkpoint, d.pool.ledger()));
+            if let Err(error) = written {
                 tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
             }
-            if let Err(error) = self.driver.journal.compact_if_long(self.driver.pool.ledger()) {
+            if self.driver.journal.is_long(self.driver.pool.ledger())
+                && let Err(error) = self.effect(Effect::Compact, |d| d.journal.compact(d.pool.ledger()))
+            {
                 tracing::warn!(error = %notes::chain(&error), "the ledger stays long");
             }
         }

@@ -18,11 +18,12 @@ use crate::driver::{Driver, wall_clock};
 use crate::grpc::{self, Service};
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
+use crate::probe::Probe;
 
 /// How long requests under way may take after a stop was asked for; the kubelet kills after more.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 
-pub fn run(args: RunArgs) -> anyhow::Result<()> {
+pub fn run(args: RunArgs, probe: impl Probe) -> anyhow::Result<()> {
     start_log(&args)?;
     die_on_panic();
     let settings = Settings::parse(|name| std::env::var(name).ok()).map_err(|refusals| {
@@ -30,10 +31,10 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         anyhow!("these settings are not allowed; nothing was started:\n{}", list.join("\n"))
     })?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(serve(args, settings))
+    runtime.block_on(serve(args, settings, probe))
 }
 
-async fn serve(args: RunArgs, settings: Settings) -> anyhow::Result<()> {
+async fn serve(args: RunArgs, settings: Settings, probe: impl Probe) -> anyhow::Result<()> {
     // The ledger's lock first: a second daemon must touch neither the ledger nor the socket of the first.
     let (journal, opened) = Journal::open(&args.ledger)?;
     if opened.dropped_bytes > 0 {
@@ -68,6 +69,7 @@ async fn serve(args: RunArgs, settings: Settings) -> anyhow::Result<()> {
         metrics: metrics.clone(),
         checkpoint: args.checkpoint.clone(),
         release_queue: args.release_queue.clone(),
+        probe,
     };
     let pool = driver.start().context("start the pool's thread")?;
     let pages = Pages { pool: pool.clone(), metrics: metrics.clone() };

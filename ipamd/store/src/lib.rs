@@ -33,7 +33,7 @@ fn io_error<'p>(action: &'static str, path: &'p Path) -> impl FnOnce(io::Error) 
 
 /// Replaces a file so that a crash leaves the old content or the new, never a mixture: write beside, flush, rename, flush
 /// the folder.
-fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
+pub fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     let (beside, _) = write_beside(path, content)?;
     fs::rename(&beside, path).map_err(io_error("rename into place", path))?;
     flush_folder_of(path)
