@@ -159,9 +159,10 @@ fn cloud_against_ledger(cloud: &[EniView], ledger: &LedgerState, findings: &mut 
             let users: Vec<_> = ledger.pods.values().filter(|a| slot.contains(&a.address)).collect();
             let (kind, repair) = match users.is_empty() {
                 true => (FindingKind::SlotNotInCloud, "given up after a second reading".to_owned()),
-                false => {
-                    (FindingKind::PodAddressNotInCloud, "assigned to the ENI again by name, if it is still free".to_owned())
-                }
+                false => (
+                    FindingKind::PodAddressNotInCloud,
+                    "assigned to the ENI again by name, if it is still free".to_owned(),
+                ),
             };
             let text = format!("the ledger has it on {id} with {} pods; EC2 does not show it there", users.len());
             findings.push(Finding { kind, object: slot.to_string(), text, repair, automatic: true });

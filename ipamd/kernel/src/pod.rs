@@ -29,12 +29,12 @@ pub use flatwire_core::naming::host_if_name;
 use crate::address::{add_address, add_neighbour};
 use crate::error::KernelError;
 use crate::link::{Link, POD_GROUP, VethEnd, check_name, delete_link, first_link, get_link, new_veth, set_up};
-use flatwire_core::naming::mac;
 use crate::netlink::{Netlink, RouteRequest};
 use crate::netns::{Netns, in_netns};
 use crate::route::{Route, add_route, delete_route, first_route, match_route, replace_route};
 use crate::rule::{Rule, add_rule, delete_rule_of};
 use crate::sysctl;
+use flatwire_core::naming::mac;
 
 /// The add-on may have left several source rules for one address; more than this is somebody else's doing.
 const MAX_RULES_PER_ADDRESS: u32 = 16;

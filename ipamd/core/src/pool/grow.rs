@@ -154,7 +154,8 @@ impl Pool {
     pub(super) fn counts(&self, now: Time) -> Counts {
         let mut counts = Counts { waiting: u32::try_from(self.waiting.len()).unwrap_or(u32::MAX), ..Counts::default() };
         let pods: std::collections::BTreeSet<_> = self.ledger.pods.values().map(|a| a.address).collect();
-        let orphaned = |address: &std::net::IpAddr| self.kernel.pods.routes.contains(address) && !pods.contains(address);
+        let orphaned =
+            |address: &std::net::IpAddr| self.kernel.pods.routes.contains(address) && !pods.contains(address);
         for (id, slots) in &self.ledger.slots {
             let Some(live) = self.live.get(id) else { continue };
             if live.gone || self.is_stuck(id, now) {
