@@ -5,4 +5,5 @@
 
 mod ec2;
 mod imds;
+mod preflight;
 mod support;
