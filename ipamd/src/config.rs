@@ -167,6 +167,18 @@ impl Config {
     }
 }
 
+impl Config {
+    /// How EC2 and the metadata service are reached.
+    pub fn cloud(&self) -> flatwire_cloud::Config {
+        flatwire_cloud::Config {
+            ec2_endpoint: self.ec2_endpoint.clone(),
+            imds_endpoint: self.imds_endpoint.clone(),
+            http_timeout: self.http_timeout,
+            ..flatwire_cloud::Config::new(env!("CARGO_PKG_VERSION"))
+        }
+    }
+}
+
 fn default_of(variable: &str) -> &'static str {
     PLACES.iter().find(|place| place.variable == variable).map_or("", |place| place.default)
 }

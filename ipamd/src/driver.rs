@@ -35,10 +35,12 @@ const KERNEL_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the folder of queued releases and the state of the node are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+type Look = Box<dyn FnOnce(&Pool, Time) + Send>;
+
 enum Input {
     Event(Event),
     Request { event: Box<dyn FnOnce(RequestId) -> Event + Send>, id: RequestId, reply: oneshot::Sender<Answer> },
-    Status(oneshot::Sender<PoolStatus>),
+    Look(Look),
     Stop(oneshot::Sender<()>),
 }
 
@@ -76,10 +78,22 @@ impl Handle {
         answer
     }
 
-    pub async fn status(&self) -> Result<PoolStatus, Unavailable> {
+    /// Looks at the pool between two steps.
+    pub async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Pool, Time) -> T + Send + 'static,
+    ) -> Result<T, Unavailable> {
         let (reply, answer) = oneshot::channel();
-        self.inputs.send(Input::Status(reply)).map_err(|_| Unavailable::Stopping)?;
+        let look = Box::new(|pool: &Pool, now| {
+            // Whoever asked may be gone.
+            let _ = reply.send(look(pool, now));
+        });
+        self.inputs.send(Input::Look(look)).map_err(|_| Unavailable::Stopping)?;
         answer.await.map_err(|_| Unavailable::Stopping)
+    }
+
+    pub async fn status(&self) -> Result<PoolStatus, Unavailable> {
+        self.look(Pool::status).await
     }
 
     /// Sends waiting pods away, writes what is unwritten, and ends the loop.
@@ -222,9 +236,9 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                 self.replies.insert(id, ReplyTo::Caller(reply));
                 events.push(event(id));
             }
-            Input::Status(reply) => {
+            Input::Look(look) => {
                 let now = self.now();
-                let _ = reply.send(self.driver.pool.status(now));
+                look(&self.driver.pool, now);
             }
             Input::Stop(done) => {
                 self.stopping = Some(done);
@@ -356,7 +370,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn reply(&mut self, request: RequestId, answer: Answer) {
         match self.replies.remove(&request) {
             Some(ReplyTo::Caller(reply)) => {
-                let _ = self.effect(Effect::Reply, |_| reply.send(answer));
+                self.effect(Effect::Reply, |_| drop(reply.send(answer)));
             }
             Some(ReplyTo::Queue(path)) => match answer {
                 Answer::Failed(failure) => {

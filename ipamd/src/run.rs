@@ -44,15 +44,7 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
         tracing::warn!(bytes = opened.dropped_bytes, "cut a torn last line off the ledger, the trace of a crash");
     }
     let metrics = Arc::new(Metrics::new()?);
-    let cloud = AwsCloud::connect(
-        flatwire_cloud::Config {
-            ec2_endpoint: config.ec2_endpoint.clone(),
-            imds_endpoint: config.imds_endpoint.clone(),
-            http_timeout: config.http_timeout,
-            ..flatwire_cloud::Config::new(env!("CARGO_PKG_VERSION"))
-        },
-        metrics.clone(),
-    )?;
+    let cloud = AwsCloud::connect(config.cloud(), metrics.clone())?;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = u64::from(since_epoch.subsec_nanos()) ^ (u64::from(std::process::id()) << 32);
     tracing::info!(

@@ -2,6 +2,7 @@
 //! third. Without the variable it is the daemon that is shipped.
 
 use std::num::NonZeroU32;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -33,10 +34,10 @@ impl CrashAt {
     }
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     let probe = match std::env::var(VARIABLE) {
         Ok(text) => CrashAt::parse(&text).with_context(|| format!("{VARIABLE}={text:?}"))?,
         Err(_) => CrashAt { point: None, arrivals_left: Arc::default() },
     };
-    ipamd::cli::main(probe)
+    Ok(ipamd::cli::main(probe))
 }
