@@ -98,7 +98,7 @@ async fn all(config: &Config) -> anyhow::Result<Vec<Check>> {
         return Ok(checks);
     }
     progress("asking EC2 what this node may do…");
-    checks.extend(cloud.permissions().await.into_iter().map(|p| permission(p, &config.settings)));
+    checks.extend(permissions(cloud.permissions().await, &config.settings));
     Ok(checks)
 }
 
@@ -283,6 +283,17 @@ fn judge_limits(limits: &InstanceLimits, settings: &Settings) -> Check {
     }
 }
 
+fn permissions(permissions: Vec<Permission>, settings: &Settings) -> Vec<Check> {
+    let reading = permissions.iter().find(|p| p.action == "DescribeNetworkInterfaces").map(|p| &p.outcome);
+    if let Some(PermissionOutcome::Unknown { why }) = reading {
+        // Then nothing is known of the others either.
+        let way_out = "see that its endpoint can be reached from here and that the node has a role; until then the daemon \
+                       serves what the node has";
+        return vec![Check::new(Verdict::Fail, "ec2", why, way_out)];
+    }
+    permissions.into_iter().map(|p| permission(p, settings)).collect()
+}
+
 fn permission(permission: Permission, settings: &Settings) -> Check {
     let Permission { action, outcome } = permission;
     let check = format!("ec2:{action}");
@@ -313,6 +324,7 @@ fn permission(permission: Permission, settings: &Settings) -> Check {
     }
 }
 
+/// Each check on a line, and beneath what is amiss the way out of it.
 fn render(checks: &[Check]) -> String {
     let shown = |verdict: Verdict| match verdict {
         Verdict::Ok => coloured("ok", Colour::Green),
@@ -320,15 +332,17 @@ fn render(checks: &[Check]) -> String {
         Verdict::Fail => coloured("FAIL", Colour::Red),
     };
     let row = |c: &Check| vec![shown(c.verdict), c.check.clone(), c.text.clone()];
-    let mut out = table(&["IS", "CHECK", "WHAT WAS FOUND"], &checks.iter().map(row).collect::<Vec<_>>());
-    let mut amiss: Vec<&Check> = checks.iter().filter(|check| check.verdict != Verdict::Ok).collect();
-    amiss.sort_by_key(|check| std::cmp::Reverse(check.verdict));
-    for check in amiss {
-        out += &format!("\n{}  {}: {}\n      {}\n", shown(check.verdict), check.check, check.text, check.way_out);
+    let rows = table(&["IS", "CHECK", "WHAT WAS FOUND"], &checks.iter().map(row).collect::<Vec<_>>());
+    let mut out = String::new();
+    for (line, check) in rows.lines().zip(std::iter::once(None).chain(checks.iter().map(Some))) {
+        out += &format!("{line}\n");
+        if let Some(way_out) = check.map(|check| &check.way_out).filter(|way_out| !way_out.is_empty()) {
+            out += &format!("      {way_out}\n");
+        }
     }
     let count = |verdict| checks.iter().filter(|check| check.verdict == verdict).count();
     let (ok, warned, failed) = (count(Verdict::Ok), count(Verdict::Warn), count(Verdict::Fail));
-    out + &format!("\npreflight: {ok} ok, {warned} warned of, {failed} failed\n")
+    out + &format!("\npreflight: ok={ok} warned={warned} failed={failed}\n")
 }
 
 #[cfg(test)]
