@@ -57,8 +57,15 @@ impl Pool {
             return;
         }
         let Some(frame) = self.frame() else { return };
-        let chosen = release::release(&target, frame.mode, &self.uses(now));
-        let Some(chosen) = chosen else { return };
+        let Some(chosen) = release::release(&target, frame.mode, &self.uses(now)) else { return };
+        // A fence costs addresses while it stands: none is put up for a call that could not be made.
+        let action = match &chosen {
+            Release::Slots { .. } => "UnassignPrivateIpAddresses",
+            Release::Eni(_) => "DetachNetworkInterface",
+        };
+        if !self.may_call(action, now) {
+            return;
+        }
         let eni = match &chosen {
             Release::Slots { eni, slots } => {
                 out.note(Note::Release { why: target.why, eni: eni.clone(), slots: slots.clone() });
