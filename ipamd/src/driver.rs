@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use flatwire_core::ids::{SandboxId, Time};
 use flatwire_core::ledger::Record;
-use flatwire_core::pool::{Answer, Command, Event, Failure, OpId, Pool, PoolStatus, Reason, RequestId};
+use flatwire_core::pool::{Answer, Command, Event, Failure, ImportedPod, OpId, Pool, PoolStatus, Reason, RequestId};
 use flatwire_core::ports::{Cloud, CloudError, CloudErrorKind, CloudRequest, Kernel};
 use flatwire_store::journal::Journal;
 use flatwire_store::{checkpoint, releases};
@@ -115,6 +115,8 @@ pub struct Driver<C, K, P> {
     pub metrics: Arc<Metrics>,
     pub checkpoint: PathBuf,
     pub release_queue: PathBuf,
+    /// Pods of another IPAM, for the pool to take over first of all.
+    pub imported: Vec<ImportedPod>,
     pub probe: P,
 }
 
@@ -135,6 +137,8 @@ struct Loop<C, K, P> {
     started: (Time, Instant),
     last: Time,
     checkpoint_due: Option<Time>,
+    /// The checkpoint on disk names pods that are not in the ledger yet, and stays until they are.
+    checkpoint_ahead: bool,
     releases_due: Time,
     complained: std::collections::BTreeSet<PathBuf>,
     stopping: Option<oneshot::Sender<()>>,
@@ -163,6 +167,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             started: (newest.max(wall_clock()), Instant::now()),
             last: Time::default(),
             checkpoint_due: None,
+            checkpoint_ahead: false,
             releases_due: Time::default(),
             complained: std::collections::BTreeSet::new(),
             stopping: None,
@@ -174,7 +179,9 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
 
 impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn run(&mut self) {
-        let mut events = vec![Event::Tick];
+        let imported = std::mem::take(&mut self.driver.imported);
+        self.checkpoint_ahead = !imported.is_empty();
+        let mut events = if self.checkpoint_ahead { vec![Event::Import(imported)] } else { vec![Event::Tick] };
         // What the ledger says now is what a rollback should find, whether or not anything changes.
         self.checkpoint_due = Some(self.now());
         loop {
@@ -252,9 +259,10 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                 return;
             }
             let touches_pods = |r: &Record| matches!(r, Record::Allocated(_) | Record::Released { .. });
-            if self.checkpoint_due.is_none() && records.iter().any(touches_pods) {
+            if records.iter().any(touches_pods) {
+                self.checkpoint_ahead = false;
                 let delay = u64::try_from(CHECKPOINT_DELAY.as_millis()).unwrap_or(0);
-                self.checkpoint_due = Some(self.last.plus_ms(delay));
+                self.checkpoint_due.get_or_insert(self.last.plus_ms(delay));
             }
         }
         for command in rest {
@@ -371,9 +379,11 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         let now = self.now();
         if self.checkpoint_due.is_some_and(|at| at <= now) {
             self.checkpoint_due = None;
-            let written = self.effect(Effect::Checkpoint, |d| checkpoint::write(&d.checkpoint, d.pool.ledger()));
-            if let Err(error) = written {
-                tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
+            if !self.checkpoint_ahead {
+                let written = self.effect(Effect::Checkpoint, |d| checkpoint::write(&d.checkpoint, d.pool.ledger()));
+                if let Err(error) = written {
+                    tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
+                }
             }
             if self.driver.journal.is_long(self.driver.pool.ledger())
                 && let Err(error) = self.effect(Effect::Compact, |d| d.journal.compact(d.pool.ledger()))
