@@ -159,8 +159,7 @@ fn parse(bytes: &[u8]) -> Result<Vec<ImportedPod>, String> {
 
 impl FoundEntry {
     fn pod(self) -> Result<ImportedPod, String> {
-        let sandbox =
-            SandboxId { network: self.network_name, container_id: self.container_id, if_name: self.if_name };
+        let sandbox = SandboxId { network: self.network_name, container_id: self.container_id, if_name: self.if_name };
         let bad = |text: &str| format!("{text:?} of the sandbox {sandbox} is no address");
         let address = match (self.ipv4.as_str(), self.ipv6.as_str()) {
             (v4, "") if !v4.is_empty() => IpAddr::V4(v4.parse::<Ipv4Addr>().map_err(|_| bad(v4))?),
@@ -230,7 +229,11 @@ mod tests {
         for (release, more, address, pod) in table {
             let pods = parse(file(&[entry(&more)]).as_bytes()).unwrap_or_else(|why| panic!("{release}: {why}"));
             let [found] = &pods[..] else { panic!("{release}: {pods:?}") };
-            assert_eq!((found.address.to_string().as_str(), found.pod.to_string().as_str()), (address, pod), "{release}");
+            assert_eq!(
+                (found.address.to_string().as_str(), found.pod.to_string().as_str()),
+                (address, pod),
+                "{release}"
+            );
             assert_eq!(found.at, Time(1_724_198_400_123), "{release}");
             assert_eq!(found.sandbox.to_string(), "aws-cni/f1c8/eth0");
         }
@@ -260,7 +263,10 @@ mod tests {
         for (text, reason) in table {
             std::fs::write(&path, &text).unwrap();
             let error = read(&path).unwrap_err().to_string();
-            assert!(error.contains(reason) && error.contains("ipam.json") && error.contains("pod route"), "{text}: {error}");
+            assert!(
+                error.contains(reason) && error.contains("ipam.json") && error.contains("pod route"),
+                "{text}: {error}"
+            );
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text, "a refused file is left as it is");
         }
         std::fs::remove_file(&path).unwrap();
