@@ -13,7 +13,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use flatwire_core::ids::{SandboxId, Time};
 use flatwire_core::ledger::Record;
-use flatwire_core::pool::{Answer, Command, Event, Failure, NodeState, OpId, Pool, PoolStatus, Reason, RequestId};
+use flatwire_core::pool::{
+    Answer, Command, Event, Failure, ImportedPod, NodeState, OpId, Pool, PoolStatus, Reason, RequestId,
+};
 use flatwire_core::ports::{Cloud, CloudError, CloudErrorKind, CloudRequest, Kernel};
 use flatwire_store::journal::Journal;
 use flatwire_store::{checkpoint, releases};
@@ -130,6 +132,8 @@ pub struct Driver<C, K, P> {
     pub metrics: Arc<Metrics>,
     pub checkpoint: PathBuf,
     pub release_queue: PathBuf,
+    /// Pods of another IPAM, for the pool to take over first of all.
+    pub imported: Vec<ImportedPod>,
     pub node_state: NodeStateFile,
     pub probe: P,
 }
@@ -151,6 +155,8 @@ struct Loop<C, K, P> {
     started: (Time, Instant),
     last: Time,
     checkpoint_due: Option<Time>,
+    /// The checkpoint on disk names pods that are not in the ledger yet, and stays until they are.
+    checkpoint_ahead: bool,
     look_due: Time,
     complained: std::collections::BTreeSet<PathBuf>,
     node_state: NodeState,
@@ -180,6 +186,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             started: (newest.max(wall_clock()), Instant::now()),
             last: Time::default(),
             checkpoint_due: None,
+            checkpoint_ahead: false,
             look_due: Time::default(),
             complained: std::collections::BTreeSet::new(),
             node_state: NodeState::default(),
@@ -192,8 +199,13 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
 
 impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn run(&mut self) {
-        // Before the first step: an operator's brake holds from the start.
+        // Before the first step: an operator's brake holds from the start, and pods that are here are known.
         let mut events = self.look_at_node_state(node_state::cautious());
+        let imported = std::mem::take(&mut self.driver.imported);
+        self.checkpoint_ahead = !imported.is_empty();
+        if self.checkpoint_ahead {
+            events.push(Event::Import(imported));
+        }
         events.push(Event::Tick);
         // What the ledger says now is what a rollback should find, whether or not anything changes.
         self.checkpoint_due = Some(self.now());
@@ -272,9 +284,10 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                 return;
             }
             let touches_pods = |r: &Record| matches!(r, Record::Allocated(_) | Record::Released { .. });
-            if self.checkpoint_due.is_none() && records.iter().any(touches_pods) {
+            if records.iter().any(touches_pods) {
+                self.checkpoint_ahead = false;
                 let delay = u64::try_from(CHECKPOINT_DELAY.as_millis()).unwrap_or(0);
-                self.checkpoint_due = Some(self.last.plus_ms(delay));
+                self.checkpoint_due.get_or_insert(self.last.plus_ms(delay));
             }
         }
         for command in rest {
@@ -391,9 +404,11 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         let now = self.now();
         if self.checkpoint_due.is_some_and(|at| at <= now) {
             self.checkpoint_due = None;
-            let written = self.effect(Effect::Checkpoint, |d| checkpoint::write(&d.checkpoint, d.pool.ledger()));
-            if let Err(error) = written {
-                tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
+            if !self.checkpoint_ahead {
+                let written = self.effect(Effect::Checkpoint, |d| checkpoint::write(&d.checkpoint, d.pool.ledger()));
+                if let Err(error) = written {
+                    tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
+                }
             }
             if self.driver.journal.is_long(self.driver.pool.ledger())
                 && let Err(error) = self.effect(Effect::Compact, |d| d.journal.compact(d.pool.ledger()))

@@ -1,14 +1,17 @@
 //! `ipamd run`: the composition root. Opens the ledger, starts the loop over it, serves, and stops in order.
 
 use std::fs::OpenOptions;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use flatwire_cloud::AwsCloud;
-use flatwire_core::pool::Pool;
+use flatwire_core::ledger::LedgerState;
+use flatwire_core::pool::{ImportedPod, Pool};
 use flatwire_kernel::node::NodeKernel;
 use flatwire_store::journal::Journal;
+use flatwire_store::{StoreError, checkpoint};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -18,6 +21,7 @@ use crate::grpc::{self, Service};
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
 use crate::node_state::NodeStateFile;
+use crate::notes;
 use crate::probe::Probe;
 
 /// How long requests under way may take after a stop was asked for; the kubelet kills after more.
@@ -43,6 +47,7 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
     if opened.dropped_bytes > 0 {
         tracing::warn!(bytes = opened.dropped_bytes, "cut a torn last line off the ledger, the trace of a crash");
     }
+    let imported = pods_left_here(&config.checkpoint, &opened.state);
     let metrics = Arc::new(Metrics::new()?);
     let cloud = AwsCloud::connect(config.cloud(), metrics.clone())?;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -63,6 +68,7 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
         runtime: tokio::runtime::Handle::current(),
         metrics: metrics.clone(),
         checkpoint: config.checkpoint,
+        imported,
         release_queue: config.release_queue,
         node_state: NodeStateFile::new(config.node_state),
         probe,
@@ -96,6 +102,40 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The pods that the add-on, or a ledger that was lost, left on this node: asked only by a ledger that has never had a pod.
+///
+/// A file that cannot be used does not stop the start. A node that gives no pod a network is worse than one that does not
+/// know the names of its old pods, and no address is given twice for it: the kernel routes every pod that runs, and an
+/// address with a pod route is in use whatever ledger and file say. The file is moved aside, because ours takes its place.
+fn pods_left_here(path: &Path, ledger: &LedgerState) -> Vec<ImportedPod> {
+    if !ledger.pods.is_empty() || !ledger.freed.is_empty() {
+        return Vec::new();
+    }
+    let error = match checkpoint::read(path) {
+        Ok(pods) => {
+            if !pods.is_empty() {
+                tracing::info!(pods = pods.len(), file = %path.display(), "the ledger is new: taking over these pods");
+            }
+            return pods;
+        }
+        Err(error) => error,
+    };
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".unusable");
+    let aside = Path::new(&aside);
+    let kept = match &error {
+        StoreError::Checkpoint { .. } => std::fs::rename(path, aside).map(|()| aside),
+        _ => Ok(path),
+    };
+    match kept {
+        Ok(kept) => {
+            tracing::error!(error = %notes::chain(&error), kept_as = %kept.display(), "started without its pods")
+        }
+        Err(why) => tracing::error!(error = %notes::chain(&error), %why, "started without its pods, and it is lost"),
+    }
+    Vec::new()
 }
 
 async fn stop_signal() -> anyhow::Result<&'static str> {
@@ -137,4 +177,38 @@ fn start_log(config: &Config) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flatwire_core::ids::Time;
+
+    const ONE_POD: &str = r#"{"version":"vpc-cni-ipam/1","allocations":[{"networkName":"aws-cni","containerID":"c1","#;
+
+    #[test]
+    fn a_ledger_without_a_past_takes_over_the_pods_it_finds() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ipam.json");
+        assert_eq!(pods_left_here(&path, &LedgerState::default()), Vec::new());
+        let text = format!(r#"{ONE_POD}"ifName":"eth0","ipv4":"10.0.0.9"}}]}}"#);
+        std::fs::write(&path, &text).unwrap();
+        let found = pods_left_here(&path, &LedgerState::default());
+        assert_eq!(found.iter().map(|pod| pod.address.to_string()).collect::<Vec<_>>(), ["10.0.0.9"]);
+        // A ledger that has had pods knows better than a file that follows it.
+        let mut lived = LedgerState::default();
+        lived.freed.insert("10.0.0.9".parse().unwrap(), Time(1));
+        assert_eq!(pods_left_here(&path, &lived), Vec::new());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn an_unusable_file_is_kept_aside_and_does_not_stop_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ipam.json");
+        std::fs::write(&path, ONE_POD).unwrap();
+        assert_eq!(pods_left_here(&path, &LedgerState::default()), Vec::new());
+        assert!(!path.exists());
+        assert_eq!(std::fs::read_to_string(dir.path().join("ipam.json.unusable")).unwrap(), ONE_POD);
+    }
 }

@@ -25,6 +25,12 @@ pub enum StoreError {
         path = path.display()
     )]
     Damaged { path: PathBuf, line: usize, why: String },
+    #[error(
+        "the state file {path} of the add-on cannot be used: {why}. Correct it, or remove it: pods that run keep their \
+         addresses, because an address with a pod route is in use whatever any file says",
+        path = path.display()
+    )]
+    Checkpoint { path: PathBuf, why: String },
     #[error("{path} is held by another ipamd; stop that one first", path = path.display())]
     Locked { path: PathBuf },
 }
