@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use flatwire_core::ids::{SandboxId, Time};
-use flatwire_core::ledger::Record;
+use flatwire_core::ledger::{LedgerState, Record};
 use flatwire_core::pool::{
     Answer, Command, Event, Failure, ImportedPod, NodeState, OpId, Pool, PoolStatus, Reason, RequestId,
 };
@@ -174,9 +174,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             under_way: Arc::new(AtomicUsize::new(0)),
         };
         // A clock set back between two lives must not make the past lie ahead.
-        let ledger = self.pool.ledger();
-        let stamps = ledger.pods.values().map(|a| a.at).chain(ledger.freed.values().copied());
-        let newest = stamps.max().unwrap_or_default();
+        let newest = newest_stamp(self.pool.ledger());
         let mut the_loop = Loop {
             driver: self,
             inputs,
@@ -225,7 +223,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         let now = self.now();
         let pool = self.driver.pool.poll_deadline().map(|(at, _)| at);
         let due = [pool, self.checkpoint_due, Some(self.look_due)].into_iter().flatten().min().unwrap_or(now);
-        let wait = Duration::from_millis(due.since_ms(now)).min(LOOK_EVERY);
+        let wait = Duration::from_millis(due.since_ms(now)).min(LOOK_EVERY) / self.driver.probe.hurry();
         let mut events = Vec::new();
         match self.inputs.recv_timeout(wait) {
             Ok(input) => self.take(input, &mut events),
@@ -499,9 +497,22 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     /// The pool's time: wall time at the start, and even from there.
     fn now(&mut self) -> Time {
         let (start, running) = self.started;
-        self.last = start.plus_ms(u64::try_from(running.elapsed().as_millis()).unwrap_or(u64::MAX));
+        let passed = running.elapsed() * self.driver.probe.hurry();
+        self.last = start.plus_ms(u64::try_from(passed.as_millis()).unwrap_or(u64::MAX));
         self.last
     }
+}
+
+/// The latest moment the ledger speaks of.
+fn newest_stamp(ledger: &LedgerState) -> Time {
+    let leaving = ledger.enis.values().filter_map(|eni| eni.leaving);
+    let pods = ledger.pods.values().map(|allocation| allocation.at);
+    let freed = ledger.freed.values().chain(ledger.given_up.values());
+    let unseen = ledger.unseen.values().flat_map(|slots| slots.values());
+    let enis = ledger.enis_unseen.values().chain(ledger.forgotten.values());
+    let creations = ledger.creations.values().map(|creation| creation.since);
+    let stamps = leaving.chain(pods).chain(creations).chain(freed.chain(unseen).chain(enis).copied());
+    stamps.max().unwrap_or_default()
 }
 
 pub fn wall_clock() -> Time {
