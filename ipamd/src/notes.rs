@@ -58,5 +58,6 @@ pub fn note(note: &Note, metrics: &Metrics) {
             metrics.error("kernel");
             tracing::error!(error, "the node's data path could not be programmed");
         }
+        other => tracing::info!("{other}"),
     }
 }

@@ -7,6 +7,7 @@
 //! small pure module each: `target` (how many addresses), `plan` (where from), `pick` (which one).
 
 pub mod audit;
+pub mod bucket;
 pub mod ids;
 pub mod ledger;
 pub mod limits;
@@ -16,5 +17,6 @@ pub mod pick;
 pub mod plan;
 pub mod pool;
 pub mod ports;
+pub mod release;
 pub mod settings;
 pub mod target;

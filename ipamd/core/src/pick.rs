@@ -101,6 +101,11 @@ pub fn addresses(slot: &IpNet) -> impl Iterator<Item = IpAddr> + use<> {
     (first..=last).map(|bits| IpAddr::V4(Ipv4Addr::from(bits)))
 }
 
+/// First and last address of a slot.
+pub fn range(slot: &IpNet) -> std::ops::RangeInclusive<IpAddr> {
+    slot.network()..=slot.broadcast()
+}
+
 /// How many addresses a slot holds.
 pub fn size(slot: &IpNet) -> u32 {
     match slot {

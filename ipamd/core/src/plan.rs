@@ -27,10 +27,24 @@ pub struct Means {
     pub new_enis: u32,
     /// Slots of a new ENI beside its own address.
     pub slots_per_eni: u32,
+    /// Subnets that a new ENI may be made in now, best first.
+    pub subnets: Vec<SubnetRoom>,
+}
+
+/// A subnet as the planner sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SubnetRoom {
     pub subnet: SubnetId,
-    /// The subnet gives no new ENI for now.
-    pub subnet_resting: bool,
-    pub subnet_singles_only: bool,
+    /// EC2 had no free /28 in it a moment ago: take single addresses.
+    pub singles_only: bool,
+}
+
+impl Means {
+    /// Where a new ENI is made: the first subnet with prefixes to give where prefixes are wanted, else the first.
+    fn new_eni(&self, mode: Mode) -> Option<&SubnetRoom> {
+        let with_prefixes = self.subnets.iter().find(|room| mode == Mode::Addresses || !room.singles_only);
+        with_prefixes.or(self.subnets.first())
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,12 +82,11 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
             missing = missing.saturating_sub(brings);
         }
     }
-    let mut new_enis = if means.subnet_resting { 0 } else { means.new_enis };
-    while missing > 0 && new_enis > 0 {
-        let Some((want, brings)) = take(missing, mode, means.subnet_singles_only, means.slots_per_eni) else { break };
-        plan.steps.push(Step::Create { subnet: means.subnet.clone(), want });
+    for _ in 0..means.new_enis {
+        let Some(room) = means.new_eni(mode).filter(|_| missing > 0) else { break };
+        let Some((want, brings)) = take(missing, mode, room.singles_only, means.slots_per_eni) else { break };
+        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want });
         missing = missing.saturating_sub(brings);
-        new_enis -= 1;
     }
     plan.unmet = missing;
     plan
@@ -86,10 +99,23 @@ fn fill(count: u32, means: &Means) -> Plan {
         let want = want_of(means.mode, room.singles_only, room.free_slots);
         return Plan { steps: vec![Step::Assign { eni: room.eni.clone(), want }], unmet: 0 };
     }
-    let new_enis = if means.subnet_resting { 0 } else { means.new_enis.min(count) };
-    let want = want_of(means.mode, means.subnet_singles_only, means.slots_per_eni);
-    let steps = (0..new_enis).map(|_| Step::Create { subnet: means.subnet.clone(), want }).collect();
-    Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, means.subnet_singles_only) }
+    let Some(room) = means.new_eni(means.mode) else {
+        return Plan { steps: Vec::new(), unmet: count * full(means.slots_per_eni, false) };
+    };
+    let new_enis = means.new_enis.min(count);
+    let want = want_of(means.mode, room.singles_only, means.slots_per_eni);
+    let steps = (0..new_enis).map(|_| Step::Create { subnet: room.subnet.clone(), want }).collect();
+    Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, room.singles_only) }
+}
+
+/// A node that fell back to single addresses goes back to prefixes: one is asked for where one may be had again. Once it is
+/// there the single addresses are surplus, and are given back first. `singles` is how many single addresses are held.
+pub fn upgrade(singles: u32, means: &Means) -> Option<Step> {
+    if means.mode != Mode::Prefixes || singles == 0 {
+        return None;
+    }
+    let room = means.enis.iter().find(|room| !room.resting && !room.singles_only && room.free_slots > 0)?;
+    Some(Step::Assign { eni: room.eni.clone(), want: Want::Prefixes(1) })
 }
 
 /// What to ask of one ENI, and how many addresses that brings.
@@ -124,6 +150,10 @@ fn per_slot(mode: Mode) -> u32 {
 mod tests {
     use super::*;
 
+    fn subnet(id: &str, singles_only: bool) -> SubnetRoom {
+        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only }
+    }
+
     fn means(mode: Mode, free: &[u32], new_enis: u32) -> Means {
         let room = |(i, free_slots): (usize, &u32)| EniRoom {
             eni: EniId::new(format!("eni-{i}")).unwrap(),
@@ -136,16 +166,14 @@ mod tests {
             enis: free.iter().enumerate().map(room).collect(),
             new_enis,
             slots_per_eni: 9,
-            subnet: SubnetId::new("subnet-1").unwrap(),
-            subnet_resting: false,
-            subnet_singles_only: false,
+            subnets: vec![subnet("subnet-1", false)],
         }
     }
 
     fn text(plan: &Plan) -> String {
         let step = |s: &Step| match s {
             Step::Assign { eni, want } => format!("{eni}:{want}"),
-            Step::Create { want, .. } => format!("new:{want}"),
+            Step::Create { subnet, want } => format!("{}:{want}", subnet.as_str().replace("subnet", "new")),
         };
         let steps: Vec<String> = plan.steps.iter().map(step).collect();
         format!("{} unmet={}", steps.join(" | "), plan.unmet)
@@ -154,13 +182,13 @@ mod tests {
     #[test]
     fn existing_enis_first_in_order_then_new_ones() {
         let p = plan(Wanted::Addresses(15), &means(Mode::Addresses, &[2, 0, 3], 2));
-        assert_eq!(text(&p), "eni-0:2 addresses | eni-2:3 addresses | new:9 addresses | new:1 address unmet=0");
+        assert_eq!(text(&p), "eni-0:2 addresses | eni-2:3 addresses | new-1:9 addresses | new-1:1 address unmet=0");
     }
 
     #[test]
     fn what_the_instance_cannot_carry_is_said() {
         let p = plan(Wanted::Addresses(50), &means(Mode::Addresses, &[2], 1));
-        assert_eq!(text(&p), "eni-0:2 addresses | new:9 addresses unmet=39");
+        assert_eq!(text(&p), "eni-0:2 addresses | new-1:9 addresses unmet=39");
     }
 
     #[test]
@@ -180,14 +208,33 @@ mod tests {
     fn a_resting_eni_is_left_alone() {
         let mut m = means(Mode::Addresses, &[9, 9], 1);
         m.enis[0].resting = true;
-        m.subnet_resting = true;
+        m.subnets.clear();
         assert_eq!(text(&plan(Wanted::Addresses(12), &m)), "eni-1:9 addresses unmet=3");
+    }
+
+    #[test]
+    fn a_fragmented_subnet_gives_way_to_its_sibling_and_to_singles_last() {
+        let mut m = means(Mode::Prefixes, &[0], 2);
+        m.subnets = vec![subnet("subnet-1", true), subnet("subnet-2", false)];
+        assert_eq!(text(&plan(Wanted::Prefixes(2), &m)), "new-2:2 prefixes unmet=0");
+        m.subnets.pop();
+        assert_eq!(text(&plan(Wanted::Prefixes(1), &m)), "new-1:9 addresses | new-1:7 addresses unmet=0");
+    }
+
+    #[test]
+    fn a_node_on_singles_asks_for_a_prefix_again() {
+        let mut m = means(Mode::Prefixes, &[0, 3], 0);
+        let step = Step::Assign { eni: EniId::new("eni-1").unwrap(), want: Want::Prefixes(1) };
+        assert_eq!(upgrade(4, &m), Some(step));
+        assert_eq!(upgrade(0, &m), None, "nothing to go back from");
+        m.enis[1].singles_only = true;
+        assert_eq!(upgrade(4, &m), None, "EC2 had no /28 a moment ago");
     }
 
     #[test]
     fn whole_enis_fill_what_has_room_before_taking_new_ones() {
         assert_eq!(text(&plan(Wanted::Enis(2), &means(Mode::Addresses, &[0, 4], 2))), "eni-1:4 addresses unmet=0");
         let p = plan(Wanted::Enis(3), &means(Mode::Addresses, &[0], 2));
-        assert_eq!(text(&p), "new:9 addresses | new:9 addresses unmet=9");
+        assert_eq!(text(&p), "new-1:9 addresses | new-1:9 addresses unmet=9");
     }
 }

@@ -29,6 +29,8 @@ pub struct Counts {
     pub waiting: u32,
     /// Addresses the kernel routes to a pod although no sandbox is known: in use until proven free.
     pub orphans: u32,
+    /// Pods bound to the node that need an address, where that is known.
+    pub scheduled: Option<u32>,
     pub prefixes: u32,
     /// Prefixes with no sandbox and no cooling address.
     pub free_prefixes: u32,
@@ -96,8 +98,10 @@ impl Frame {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
     pub wanted: Wanted,
-    /// Addresses beyond the target that could be given back.
+    /// Addresses beyond the target, and beyond a margin that keeps the pool from swinging: slots may be given back.
     pub surplus: u32,
+    /// Addresses beyond the target: an ENI without pods that holds no more than these may be given back.
+    pub spare: u32,
     pub why: String,
 }
 
@@ -150,7 +154,7 @@ fn by_address(warm: &WarmTargets, frame: &Frame, counts: &Counts) -> Target {
     match frame.mode {
         Mode::Addresses => {
             let wanted = if full || short <= 0 { Wanted::Enough } else { Wanted::Addresses(clamp(short)) };
-            Target { wanted, surplus: clamp(over), why }
+            Target { wanted, surplus: clamp(over), spare: clamp(over), why }
         }
         Mode::Prefixes => {
             let wanted =
@@ -161,7 +165,7 @@ fn by_address(warm: &WarmTargets, frame: &Frame, counts: &Counts) -> Target {
                 .free_prefixes
                 .min(counts.prefixes.saturating_sub(needed))
                 .min(counts.prefixes.saturating_sub(floor));
-            Target { wanted, surplus: over * PREFIX_SIZE, why }
+            Target { wanted, surplus: over * PREFIX_SIZE, spare: over * PREFIX_SIZE, why }
         }
     }
 }
@@ -180,7 +184,9 @@ fn by_eni(warm_eni: u32, frame: &Frame, counts: &Counts) -> Target {
     } else {
         Wanted::Enough
     };
-    Target { wanted, surplus: 0, why }
+    // Whole ENIs come and whole ENIs go: one goes when the target is met without it, and one pod more would not bring it back.
+    let spare = if warm_eni == 0 { available - 1 } else { available - goal };
+    Target { wanted, surplus: 0, spare: clamp(spare), why }
 }
 
 /// WARM_PREFIX_TARGET: whole prefixes without a pod.
@@ -203,12 +209,13 @@ fn by_prefix(warm_prefix: u32, frame: &Frame, counts: &Counts) -> Target {
         Wanted::Enough
     };
     let surplus = counts.free_prefixes.saturating_sub(warm_prefix) * PREFIX_SIZE;
-    Target { wanted, surplus, why }
+    Target { wanted, surplus, spare: surplus, why }
 }
 
 /// Demand plus head-room, rounded up to a batch.
 fn by_demand(frame: &Frame, counts: &Counts) -> Target {
-    let demand = counts.assigned + counts.orphans + counts.waiting;
+    let known = counts.assigned + counts.orphans + counts.waiting;
+    let demand = known.max(counts.scheduled.unwrap_or(0));
     let batch = match frame.mode {
         Mode::Addresses => BATCH,
         Mode::Prefixes => PREFIX_SIZE,
@@ -224,7 +231,9 @@ fn by_demand(frame: &Frame, counts: &Counts) -> Target {
         Mode::Addresses => Wanted::Addresses(short),
         Mode::Prefixes => Wanted::Prefixes(short.div_ceil(PREFIX_SIZE)),
     };
-    Target { wanted, surplus: usable.saturating_sub(goal), why }
+    // A batch more than the goal may stay: the next pod that leaves or comes changes nothing in EC2.
+    let spare = usable.saturating_sub(goal);
+    Target { wanted, surplus: spare.saturating_sub(batch), spare, why }
 }
 
 fn clamp(n: i64) -> u32 {

@@ -1,10 +1,10 @@
 //! Growing the pool: target and plan turned into calls, and ENIs moved along from creation to service.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::setback::Subject;
 use super::{MAX_CREATIONS, Note, Op, Out, Pool, STUCK_ENI_MS};
-use crate::ids::{EniId, SubnetId, Time};
+use crate::ids::{EniId, SecurityGroupId, SubnetId, Time};
 use crate::ledger::{Creation, NodeFacts, Progress, Record};
 use crate::pick;
 use crate::plan::{self, EniRoom, Means, Step};
@@ -14,41 +14,43 @@ use crate::target::{self, Counts, Frame, Mode, PREFIX_SIZE, Target, Wanted};
 /// Tags and description of the add-on: its collector of leaked ENIs and its IAM policies know them.
 pub(super) const TAG_INSTANCE: &str = "node.k8s.amazonaws.com/instance_id";
 const TAG_CREATED: &str = "node.k8s.amazonaws.com/createdAt";
-const TAG_CLUSTER: &str = "cluster.k8s.amazonaws.com/name";
+pub(super) const TAG_CLUSTER: &str = "cluster.k8s.amazonaws.com/name";
 const TAG_OWNER: (&str, &str) = ("eks:eni:owner", "amazon-vpc-cni");
 
 impl Pool {
     /// Takes the next step of every ENI that is not in service yet; a crash in between resumes here.
     pub(super) fn advance_enis(&mut self, now: Time, out: &mut Out) {
         let Some(node) = self.ledger.node.clone() else { return };
-        // Before IMDS has spoken the ledger may be another instance's, and its intents none of ours.
-        if !self.settings.provisioning || !self.metadata_read {
+        if !self.may_change() {
             return;
         }
         let creations: Vec<Creation> = self.ledger.creations.values().cloned().collect();
         for creation in creations {
             self.create(&node, creation, now, out);
         }
-        let unfinished = |eni: &&crate::ledger::EniRecord| eni.progress < Progress::Settled;
+        let unfinished = |eni: &&crate::ledger::EniRecord| eni.progress < Progress::Settled && eni.leaving.is_none();
         let unfinished: Vec<_> = self.ledger.enis.values().filter(unfinished).cloned().collect();
         for eni in unfinished {
-            let busy =
-                self.under_way(|op| matches!(op, Op::Attach(id) | Op::Settle(id) | Op::Delete(id) if *id == eni.id));
+            let busy = self.under_way(|op| op.changes() == Some(&eni.id));
             // An ENI found attached after a restart is settled once EC2 has said how it is attached.
-            let gone = self.live.get(&eni.id).is_some_and(|live| live.gone);
-            if busy || gone || self.verify_due || self.rests(&Subject::Eni(eni.id.clone())) {
+            if busy || self.is_gone(&eni.id) || self.verify_due || self.rests(&Subject::Eni(eni.id.clone())) {
                 continue;
             }
             match (eni.progress, eni.attachment) {
                 (Progress::Created, _) if self.full_without(&eni.id) => {
+                    if !self.may_give_back() || !self.may_call("DeleteNetworkInterface", now) {
+                        continue;
+                    }
                     self.start(Op::Delete(eni.id.clone()), CloudRequest::DeleteEni { eni: eni.id }, now, out);
                 }
+                (Progress::Created, _) if !self.may_call("AttachNetworkInterface", now) => {}
                 (Progress::Created, _) => {
                     let instance = node.instance.clone();
                     let request =
                         CloudRequest::AttachEni { eni: eni.id.clone(), instance, device: eni.device, card: eni.card };
                     self.start(Op::Attach(eni.id), request, now, out);
                 }
+                (_, Some(_)) if !self.may_call("ModifyNetworkInterfaceAttribute", now) => {}
                 (_, Some(attachment)) => {
                     let request = CloudRequest::SetDeleteOnTermination { eni: eni.id.clone(), attachment };
                     self.start(Op::Settle(eni.id), request, now, out);
@@ -56,6 +58,39 @@ impl Pool {
                 (_, None) => self.verify_due = true,
             }
         }
+        self.follow_groups(now, out);
+    }
+
+    /// ENIs we made have the security groups that new ones would get; those of others are theirs.
+    fn follow_groups(&mut self, now: Time, out: &mut Out) {
+        let Some(groups) = self.wanted_groups().filter(|_| self.may_change()) else { return };
+        let wanted: BTreeSet<_> = groups.iter().cloned().collect();
+        let differs = |eni: &&crate::ledger::EniRecord| {
+            let known: BTreeSet<_> = eni.security_groups.iter().cloned().collect();
+            eni.created
+                && eni.progress == Progress::Settled
+                && eni.leaving.is_none()
+                && !known.is_empty()
+                && known != wanted
+        };
+        let others: Vec<EniId> = self.ledger.enis.values().filter(differs).map(|eni| eni.id.clone()).collect();
+        for eni in others {
+            let busy = self.under_way(|op| op.changes() == Some(&eni)) || self.is_gone(&eni);
+            let rests = self.rests(&Subject::Groups(eni.clone())) || self.unmanaged.contains(&eni);
+            if !busy && !rests && self.may_call("ModifyNetworkInterfaceAttribute", now) {
+                let request = CloudRequest::SetSecurityGroups { eni: eni.clone(), security_groups: groups.clone() };
+                self.start(Op::Groups { eni, groups: groups.clone() }, request, now, out);
+            }
+        }
+    }
+
+    /// Groups of the ENIConfig where it names any, else of the primary ENI.
+    fn wanted_groups(&self) -> Option<Vec<SecurityGroupId>> {
+        let node = self.ledger.node.as_ref()?;
+        let config = self.node_state.eni_config.as_ref().filter(|_| self.settings.custom_networking);
+        let configured = config.map(|config| &config.security_groups).filter(|groups| !groups.is_empty());
+        let groups = configured.unwrap_or(&node.security_groups);
+        (!groups.is_empty()).then(|| groups.clone())
     }
 
     /// Compares the pool with its target and asks EC2 for what is missing.
@@ -64,8 +99,16 @@ impl Pool {
             return;
         }
         let Some(target) = self.target(now) else { return };
+        let singles = self.idle_singles();
+        let back_to_prefixes = target.wanted == Wanted::Enough && singles > target.spare && !self.winding_down();
+        if target.wanted == Wanted::Enough && !back_to_prefixes || self.subnets_awaited(now, out) {
+            return;
+        }
         let Some(means) = self.means(now) else { return };
-        let plan = plan::plan(target.wanted, &means);
+        let mut plan = plan::plan(target.wanted, &means);
+        if back_to_prefixes {
+            plan.steps.extend(plan::upgrade(singles, &means));
+        }
         // Said once per cause: a pool that cannot grow must not be silent, nor repeat itself at every look.
         let stopped = (plan.unmet > 0 && plan.steps.is_empty()).then(|| self.why_no_address(now, now));
         if let Some(failure) = stopped.as_ref().filter(|failure| self.cannot_grow != Some(failure.reason)) {
@@ -75,12 +118,16 @@ impl Pool {
         for step in plan.steps {
             match step {
                 Step::Assign { eni, want } => {
+                    if !self.may_call("AssignPrivateIpAddresses", now) {
+                        break;
+                    }
                     out.note(Note::Grow { why: target.why.clone(), step: format!("assign {want} to {eni}") });
                     let request = CloudRequest::Assign { eni: eni.clone(), want };
                     self.start(Op::Assign { eni, want }, request, now, out);
                 }
                 Step::Create { subnet, want } => {
-                    if self.ledger.creations.len() >= MAX_CREATIONS {
+                    let room = self.ledger.creations.len() < MAX_CREATIONS;
+                    if !room || !self.may_call("CreateNetworkInterface", now) {
                         break;
                     }
                     let Some(node) = self.ledger.node.clone() else { return };
@@ -101,19 +148,20 @@ impl Pool {
     /// Before EC2 has confirmed the ledger, what seems missing may be there.
     fn may_grow(&self) -> bool {
         let asking = self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
-        self.settings.provisioning && !self.verify_due && !asking
+        let wanted = !self.winding_down() || !self.waiting.is_empty();
+        self.may_change() && wanted && !self.verify_due && !asking
     }
 
     /// Attached long ago and its link has not come, while the kernel does what it is told otherwise.
     pub(super) fn is_stuck(&self, eni: &EniId, now: Time) -> bool {
         let late = self.live.get(eni).is_some_and(|l| !l.programmed && now.since_ms(l.since) > STUCK_ENI_MS);
-        late && self.kernel.missing_links.contains(eni)
+        late && self.kernel.report.missing_links.contains(eni)
     }
 
     fn create(&mut self, node: &NodeFacts, creation: Creation, now: Time, out: &mut Out) {
         let under_way = self.under_way(|op| matches!(op, Op::Create { token } if *token == creation.token));
-        let action = Subject::Action("CreateNetworkInterface".to_owned());
-        if under_way || self.rests(&action) || self.rests(&Subject::Subnet(creation.subnet.clone())) {
+        let rests = self.rests(&Subject::Subnet(creation.subnet.clone()));
+        if under_way || rests || !self.may_call("CreateNetworkInterface", now) {
             return;
         }
         let request = CloudRequest::CreateEni {
@@ -136,7 +184,7 @@ impl Pool {
             tags.insert(TAG_CLUSTER.to_owned(), cluster.clone());
             tags.insert(TAG_OWNER.0.to_owned(), TAG_OWNER.1.to_owned());
         }
-        Creation { token, subnet, want, security_groups: node.security_groups.clone(), tags, since: now }
+        Creation { token, subnet, want, security_groups: self.wanted_groups().unwrap_or_default(), tags, since: now }
     }
 
     pub(super) fn target(&self, now: Time) -> Option<Target> {
@@ -146,22 +194,22 @@ impl Pool {
     pub(super) fn frame(&self) -> Option<Frame> {
         let limits = self.limits.as_ref()?;
         let mode = if limits.prefixes { self.settings.mode } else { Mode::Addresses };
-        let slots_per_eni = limits.ipv4_per_eni.saturating_sub(1);
+        let slots_per_eni = limits.ipv4_per_eni.saturating_sub(1).min(self.learned_slots.unwrap_or(u32::MAX));
         Some(Frame { mode, slots_per_eni, max_pods: self.settings.max_pods })
     }
 
     /// The pool in numbers. Capacity on its way counts as held, so that it is not asked for twice.
     pub(super) fn counts(&self, now: Time) -> Counts {
-        let mut counts = Counts { waiting: u32::try_from(self.waiting.len()).unwrap_or(u32::MAX), ..Counts::default() };
+        let waiting = u32::try_from(self.waiting.len()).unwrap_or(u32::MAX);
+        let mut counts = Counts { waiting, scheduled: self.node_state.scheduled_pods, ..Counts::default() };
         let pods: std::collections::BTreeSet<_> = self.ledger.pods.values().map(|a| a.address).collect();
         let orphaned =
             |address: &std::net::IpAddr| self.kernel.pods.routes.contains(address) && !pods.contains(address);
         for (id, slots) in &self.ledger.slots {
-            let Some(live) = self.live.get(id) else { continue };
-            if live.gone || self.is_stuck(id, now) {
+            if !self.serves_pods(id) || self.is_stuck(id, now) {
                 continue;
             }
-            for slot in slots.iter().filter(|slot| !live.missing.contains(*slot)) {
+            for slot in slots.iter().filter(|slot| !self.is_withheld(id, slot)) {
                 let size = pick::size(slot);
                 counts.total += size;
                 let (mut held, mut busy, mut cool) = (0u32, 0u32, 0u32);
@@ -198,20 +246,16 @@ impl Pool {
 
     /// What may be used for growing.
     pub(super) fn means(&self, now: Time) -> Option<Means> {
-        let node = self.ledger.node.as_ref()?;
         let frame = self.frame()?;
-        let primary = self.ledger.enis.get(&node.primary_eni)?;
-        let assign_rests = self.rests(&Subject::Action("AssignPrivateIpAddresses".to_owned()));
+        let assign_rests = !self.may_call("AssignPrivateIpAddresses", now);
         let mut enis: Vec<_> = self.ledger.enis.values().collect();
         enis.sort_by_key(|eni| (eni.card, eni.device));
         let mut rooms = Vec::new();
         for eni in enis {
-            let Some(live) = self.live.get(&eni.id).filter(|live| !live.gone) else { continue };
+            let Some(live) = self.live.get(&eni.id).filter(|_| self.serves_pods(&eni.id)) else { continue };
             let held = self.ledger.slots.get(&eni.id).map_or(0, |slots| slots.len() + live.quarantined.len());
             let free_slots = frame.slots_per_eni.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
-            let busy = self.under_way(
-                |op| matches!(op, Op::Assign { eni: id, .. } | Op::ReadBack(id) | Op::Delete(id) if *id == eni.id),
-            );
+            let busy = self.under_way(|op| op.changes() == Some(&eni.id) || *op == Op::ReadBack(eni.id.clone()));
             let refused = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
             rooms.push(EniRoom {
                 eni: eni.id.clone(),
@@ -227,19 +271,21 @@ impl Pool {
         Some(Means {
             mode: frame.mode,
             enis: rooms,
-            new_enis: self.eni_room(),
+            new_enis: if self.terminating { 0 } else { self.eni_room() },
             slots_per_eni: frame.slots_per_eni,
-            subnet: primary.subnet.clone(),
-            subnet_resting: self.rests(&Subject::Subnet(primary.subnet.clone()))
-                || self.rests(&Subject::Action("CreateNetworkInterface".to_owned())),
-            subnet_singles_only: self.rests(&Subject::SubnetPrefixes(primary.subnet.clone())),
+            subnets: match self.may_call("CreateNetworkInterface", now) {
+                true => self.subnet_rooms(),
+                false => Vec::new(),
+            },
         })
     }
 
     /// ENIs that could still be created.
     pub(super) fn eni_room(&self) -> u32 {
-        let here = self.ledger.enis.keys().filter(|id| self.live.get(*id).is_some_and(|live| !live.gone)).count();
-        let taken = here + self.ledger.creations.len() + self.foreign_devices.len();
+        let detached = |eni: &crate::ledger::EniRecord| eni.leaving.is_some() && eni.progress == Progress::Created;
+        let here = self.ledger.enis.values().filter(|eni| !self.is_gone(&eni.id) && !detached(eni)).count();
+        let trunk = usize::from(self.settings.trunk_reserve && self.limits.as_ref().is_some_and(|l| l.prefixes));
+        let taken = here + self.ledger.creations.len() + self.foreign.len().max(trunk);
         self.max_enis().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))
     }
 
@@ -252,7 +298,7 @@ impl Pool {
     /// The instance carries as many ENIs as it may, this unattached one not counted: it has no future.
     fn full_without(&self, eni: &EniId) -> bool {
         let attached = |e: &&crate::ledger::EniRecord| e.id != *eni && e.progress >= Progress::Attached;
-        let taken = self.ledger.enis.values().filter(attached).count() + self.foreign_devices.len();
+        let taken = self.ledger.enis.values().filter(attached).count() + self.foreign.len();
         self.learned_max_enis.is_some() && u32::try_from(taken).is_ok_and(|taken| taken >= self.max_enis())
     }
 
@@ -271,7 +317,7 @@ impl Pool {
             live.is_some_and(|l| {
                 let untold = !primary && slots.is_some_and(|slots| !slots.is_subset(&l.told));
                 let on_its_way = !l.programmed && now.since_ms(l.since) <= STUCK_ENI_MS;
-                !l.gone && (on_its_way || (l.programmed && untold && !self.rests(&Subject::Kernel)))
+                self.serves_pods(id) && (on_its_way || (l.programmed && untold && !self.rests(&Subject::Kernel)))
             })
         };
         call || self.ledger.enis.keys().any(soon) || self.could_grow(now)
@@ -281,6 +327,31 @@ impl Pool {
     pub(super) fn could_grow(&self, now: Time) -> bool {
         let plan = self.target(now).zip(self.means(now)).map(|(target, means)| plan::plan(target.wanted, &means));
         self.may_grow() && plan.is_some_and(|plan| !plan.steps.is_empty())
+    }
+
+    /// The ENI is one that pods may be placed on.
+    pub(super) fn serves_pods(&self, id: &EniId) -> bool {
+        let Some(eni) = self.ledger.enis.get(id) else { return false };
+        let left_out = self.settings.custom_networking && eni.device == crate::ids::DeviceIndex::PRIMARY;
+        let ours = !self.unmanaged.contains(id) && !self.is_excluded(&eni.subnet);
+        !left_out && ours && eni.leaving.is_none() && !self.is_gone(id)
+    }
+
+    /// The slot is held and not to be handed out: EC2 does not show it, or it is being given back.
+    pub(super) fn is_withheld(&self, eni: &EniId, slot: &ipnet::IpNet) -> bool {
+        let unseen = self.ledger.unseen.get(eni).is_some_and(|slots| slots.contains_key(slot));
+        unseen || self.ledger.releasing.get(eni).is_some_and(|slots| slots.contains(slot))
+    }
+
+    /// Single addresses that serve nobody, on a node that would rather have prefixes.
+    fn idle_singles(&self) -> u32 {
+        if self.frame().is_none_or(|frame| frame.mode == Mode::Addresses) {
+            return 0;
+        }
+        let held = self.ledger.slots.iter().filter(|(eni, _)| self.serves_pods(eni));
+        let singles = held.flat_map(|(eni, slots)| slots.iter().filter(move |slot| !self.is_withheld(eni, slot)));
+        let idle = singles.filter(|slot| pick::size(slot) == 1 && !self.somebody_lives_in(slot));
+        u32::try_from(idle.count()).unwrap_or(0)
     }
 
     /// Slots by ENI, for the view.

@@ -40,11 +40,13 @@ impl Pool {
         now: Time,
         out: &mut Out,
     ) {
-        let Some((Op::Program { revision }, _)) = self.ops.remove(&id) else { return };
+        let Some((Op::Program { revision }, asked_at)) = self.ops.remove(&id) else { return };
         self.kernel.in_flight = false;
         let report = match result {
             Ok((report, pods)) => {
                 self.kernel.pods = pods;
+                self.kernel.read_at = Some(asked_at);
+                self.release_dead_sandboxes(now, out);
                 report
             }
             Err(error) => {
@@ -62,11 +64,13 @@ impl Pool {
         };
         self.recovered(&Subject::Kernel);
         // What a new plan changes was wanted; what changes under a plan that stood already was undone by somebody.
-        let stood_already = self.kernel.applied == Some(revision) && self.kernel.missing_links.is_empty();
+        let stood_already = self.kernel.applied == Some(revision) && self.kernel.report.missing_links.is_empty();
         self.kernel.applied = Some(revision);
         let wait = if report.missing_links.is_empty() { KERNEL_RESYNC_MS } else { LINK_RETRY_MS };
-        self.kernel.recheck_at = Some(now.plus_ms(wait));
-        self.kernel.missing_links.clone_from(&report.missing_links);
+        // Somebody may have asked for another look while this one was under way.
+        let at = now.plus_ms(wait);
+        self.kernel.recheck_at = Some(self.kernel.recheck_at.map_or(at, |asked| asked.min(at)));
+        self.kernel.report = KernelReport { repaired: Vec::new(), ..report.clone() };
         for text in report.repaired {
             if stood_already {
                 out.note(Note::Repaired { text });
@@ -127,7 +131,7 @@ impl Pool {
     /// EC2 no longer shows this ENI here and another one has its place. One that merely does not show keeps its routes: a
     /// reading may be wrong, and pods may live there.
     fn is_replaced(&self, eni: &crate::ledger::EniRecord) -> bool {
-        let gone = |id: &crate::ids::EniId| self.live.get(id).is_some_and(|live| live.gone);
+        let gone = |id: &crate::ids::EniId| self.is_gone(id);
         let successor = |other: &&crate::ledger::EniRecord| {
             other.id != eni.id && (other.card, other.device) == (eni.card, eni.device) && !gone(&other.id)
         };

@@ -8,10 +8,17 @@
 //! after the ledger knows it; a slot is given back after the ledger has forgotten it.
 
 mod cloud;
+mod compare;
+mod explain;
 mod grow;
 mod kernel;
+mod leaks;
+mod note;
+mod pods;
+mod release;
 mod requests;
 mod setback;
+mod subnets;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -22,10 +29,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub use explain::{ExplainLine, Explanation, Question};
+pub use note::Note;
 pub use setback::Setback;
 pub use view::{EniRow, Failure, PoolStatus, Reason};
 
 use crate::audit::AuditReport;
+use crate::bucket::Bucket;
 use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, SecurityGroupId, SubnetId, Time};
 use crate::ledger::{Allocation, LedgerState, Record};
 use crate::netplan::NodePlan;
@@ -44,6 +54,17 @@ pub const STUCK_ENI_MS: u64 = 20_000;
 pub const LINK_RETRY_MS: u64 = 200;
 /// How often the kernel is compared with the plan when nothing happens.
 pub const KERNEL_RESYNC_MS: u64 = 10_000;
+
+/// How often the instance metadata is read again: groups, CIDRs of the VPC, the end of the instance.
+pub const METADATA_EVERY_MS: u64 = 60_000;
+/// How often EC2 is asked for this node's ENIs although nothing differs; half as long again at most, by chance.
+pub const VERIFY_EVERY_MS: u64 = 1_800_000;
+/// Readings of EC2 and IMDS may be this old: what was given up less long ago is not taken back because one shows it.
+pub const READINGS_LAG_MS: u64 = 300_000;
+/// Decisions that `explain` remembers.
+pub const MAX_HISTORY: usize = 1_024;
+/// An audit says what it has after this, if EC2 or the kernel has not answered.
+const AUDIT_PATIENCE_MS: u64 = 20_000;
 
 /// A fact.
 #[derive(Debug, Clone)]
@@ -156,57 +177,6 @@ pub enum Answer {
     Failed(Failure),
 }
 
-/// Something an operator would mention, as data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
-    NodeKnown {
-        instance: String,
-        instance_type: String,
-        addresses: u32,
-        from_ledger: bool,
-    },
-    ForeignLedger {
-        ledger: String,
-        node: String,
-    },
-    Grow {
-        why: String,
-        step: String,
-    },
-    CannotGrow {
-        why: String,
-        reason: String,
-    },
-    Gained {
-        eni: EniId,
-        slots: BTreeSet<IpNet>,
-    },
-    EniMoved {
-        eni: EniId,
-        to: &'static str,
-        after_ms: u64,
-    },
-    CloudFailed {
-        error: CloudError,
-        retry_in_ms: u64,
-    },
-    /// EC2 shows something else than the ledger. Kept and reported, never acted on here.
-    Differs {
-        eni: EniId,
-        text: String,
-    },
-    CooldownYielded {
-        address: IpAddr,
-        rested_ms: u64,
-    },
-    Repaired {
-        text: String,
-    },
-    KernelFailed {
-        error: String,
-    },
-}
-
 /// What was asked of the world and has not been answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Op {
@@ -218,7 +188,15 @@ enum Op {
     Attach(EniId),
     Settle(EniId),
     Assign { eni: EniId, want: Want },
+    Reclaim { eni: EniId, slots: BTreeSet<IpNet> },
+    Unassign { eni: EniId, slots: BTreeSet<IpNet> },
+    Detach(EniId),
     Delete(EniId),
+    Groups { eni: EniId, groups: Vec<SecurityGroupId> },
+    Subnets,
+    Leaks,
+    Mark(EniId),
+    Collect(EniId),
     Program { revision: u64 },
 }
 
@@ -233,10 +211,14 @@ struct Live {
     told: BTreeSet<IpNet>,
     /// Slots only IMDS shows: not handed out until EC2 confirms them.
     quarantined: BTreeSet<IpNet>,
-    /// Slots of the ledger that EC2 does not show: not handed out, not forgotten.
-    missing: BTreeSet<IpNet>,
-    /// EC2 does not show the ENI on this instance.
-    gone: bool,
+    /// Slots of the ledger that IMDS does not show after a restart: not handed out until EC2 has spoken, or cannot.
+    doubted: BTreeSet<IpNet>,
+    /// When each slot came, as far as this life of the daemon knows.
+    gained: BTreeMap<IpNet, Time>,
+    /// Nothing is given back on the word of a reading of the kernel that began before this.
+    fenced_at: Option<Time>,
+    /// EC2 may have given it back already: only its word lifts the fence.
+    fence_uncertain: bool,
     /// When we last learnt something of it from an answer of EC2: an older reading says nothing against that.
     changed_at: Time,
 }
@@ -248,8 +230,10 @@ impl Live {
             programmed: false,
             told: BTreeSet::new(),
             quarantined: BTreeSet::new(),
-            missing: BTreeSet::new(),
-            gone: false,
+            doubted: BTreeSet::new(),
+            gained: BTreeMap::new(),
+            fenced_at: None,
+            fence_uncertain: false,
             changed_at: now,
         }
     }
@@ -274,7 +258,10 @@ struct KernelState {
     in_flight: bool,
     /// When to compare again although nothing changed.
     recheck_at: Option<Time>,
-    missing_links: BTreeSet<EniId>,
+    /// What the last application reported.
+    report: KernelReport,
+    /// When the reading behind `pods` was asked for.
+    read_at: Option<Time>,
     /// The pods when the kernel was last read: an address with a route is in use, whatever the ledger says.
     pods: PodsSeen,
 }
@@ -287,10 +274,21 @@ pub struct Pool {
     live: BTreeMap<EniId, Live>,
     /// ENIs as IMDS showed them last: the source of subnet CIDRs.
     imds: BTreeMap<EniId, EniView>,
-    /// Device numbers taken by ENIs that are not ours to use.
-    foreign_devices: BTreeSet<DeviceIndex>,
+    /// Device numbers taken by ENIs that are not ours to use, with the ENI where it is known.
+    foreign: BTreeMap<DeviceIndex, Option<EniId>>,
     /// The ENI limit EC2 taught us, when our table was wrong.
     learned_max_enis: Option<u32>,
+    /// Slots an ENI holds beside its own address, when EC2 said it is full before our table did.
+    learned_slots: Option<u32>,
+    /// ENIs of the ledger whose owner has taken them out of our hands.
+    unmanaged: BTreeSet<EniId>,
+    subnets: subnets::Subnets,
+    buckets: BTreeMap<&'static str, Bucket>,
+    leaks: leaks::Leaks,
+    /// When to look again for something to give back.
+    release_at: Option<Time>,
+    /// Sandboxes the kernel did not show when it was last read, since when.
+    unwired: BTreeMap<SandboxId, Time>,
     ops: BTreeMap<OpId, (Op, Time)>,
     next_op: u64,
     waiting: VecDeque<Waiter>,
@@ -298,6 +296,10 @@ pub struct Pool {
     kernel: KernelState,
     unsaved: Vec<Record>,
     metadata_read: bool,
+    /// When to read the metadata again.
+    metadata_at: Option<Time>,
+    /// EC2 has announced the end of this instance.
+    terminating: bool,
     /// Why the pool could not grow when it last should have.
     cannot_grow: Option<Reason>,
     /// EC2 must still confirm what the ledger and IMDS say.
@@ -311,8 +313,13 @@ pub struct Pool {
     node_state: NodeState,
     /// Pods of another IPAM's state file, until the ENIs are known.
     imported: Vec<ImportedPod>,
-    /// Who waits for an audit.
-    audits: Vec<RequestId>,
+    /// What EC2 showed of our ENIs when it was last read, and when it was asked.
+    cloud_seen: Option<(Time, Vec<EniView>)>,
+    /// Who waits for an audit, since when.
+    audits: Vec<(RequestId, Time)>,
+    history: VecDeque<(Time, Note)>,
+    /// When an action that may not be called now may be.
+    paced_until: Option<Time>,
     rng: u64,
     tokens: u64,
 }
@@ -348,8 +355,15 @@ impl Pool {
             limits,
             live,
             imds: BTreeMap::new(),
-            foreign_devices: BTreeSet::new(),
+            foreign: BTreeMap::new(),
             learned_max_enis: None,
+            learned_slots: None,
+            unmanaged: BTreeSet::new(),
+            subnets: subnets::Subnets::default(),
+            buckets: BTreeMap::new(),
+            leaks: leaks::Leaks::default(),
+            release_at: None,
+            unwired: BTreeMap::new(),
             ops: BTreeMap::new(),
             next_op: 1,
             waiting: VecDeque::new(),
@@ -357,6 +371,8 @@ impl Pool {
             kernel: KernelState::default(),
             unsaved: Vec::new(),
             metadata_read: false,
+            metadata_at: None,
+            terminating: false,
             cannot_grow: None,
             verify_due,
             verify_at: None,
@@ -364,7 +380,10 @@ impl Pool {
             cooled_at: None,
             node_state: NodeState::default(),
             imported: Vec::new(),
+            cloud_seen: None,
             audits: Vec::new(),
+            history: VecDeque::new(),
+            paced_until: None,
             rng: seed,
             tokens: 0,
         }
@@ -382,9 +401,9 @@ impl Pool {
             Event::Gc { request, network, valid } => self.gc(request, &network, &valid, &mut out),
             Event::Cloud { op, result } => self.cloud_answered(op, result, now, &mut out),
             Event::Kernel { op, result } => self.kernel_answered(op, result, now, &mut out),
-            Event::NodeState(state) => self.node_state = state,
+            Event::NodeState(state) => self.node_state_said(state, &mut out),
             Event::Import(pods) => self.imported = pods,
-            Event::Audit { request } => self.audits.push(request),
+            Event::Audit { request } => self.audit_asked(request, now, &mut out),
             Event::Tick => {}
             Event::Stop => {
                 self.stop(&mut out);
@@ -402,6 +421,13 @@ impl Pool {
             records.extend(out.records);
             commands.push(Command::Persist(records));
         }
+        for command in &out.commands {
+            if let Command::Note(note) = command {
+                self.history.push_back((now, note.clone()));
+            }
+        }
+        let too_many = self.history.len().saturating_sub(MAX_HISTORY);
+        self.history.drain(..too_many);
         commands.extend(out.commands);
         commands
     }
@@ -411,10 +437,22 @@ impl Pool {
         let waiter = self.waiting.iter().map(|w| (w.deadline, "a waiting ADD runs out of patience")).min();
         let retry =
             self.setbacks.values().filter(|s| !s.over).map(|s| (s.until, "a refused call is tried again")).min();
-        let kernel = self.kernel.recheck_at.map(|at| (at, "the kernel is compared with the plan"));
+        let kernel =
+            self.kernel.recheck_at.filter(|_| !self.kernel.in_flight && !self.rests(&setback::Subject::Kernel));
+        let kernel = kernel.map(|at| (at, "the kernel is compared with the plan"));
         let cooling = self.cooled_at.filter(|_| !self.waiting.is_empty()).map(|at| (at, "an address has cooled down"));
-        let verify = self.verify_at.map(|at| (at, "EC2 is asked again about what differs"));
-        [waiter, retry, kernel, cooling, verify].into_iter().flatten().min()
+        let verify = self.verify_at.map(|at| (at, "EC2 is asked again"));
+        let metadata = self.metadata_at.filter(|_| !self.rests(&setback::Subject::Action("ImdsRead".to_owned())));
+        let metadata = metadata.map(|at| (at, "the instance metadata is read again"));
+        let release = self.release_at.map(|at| (at, "what is idle may be given back"));
+        let collecting = self.under_way(|op| matches!(op, Op::Leaks | Op::Mark(_) | Op::Collect(_)));
+        let reading = setback::Subject::Action("DescribeNetworkInterfaces".to_owned());
+        let leaks = self.leaks.next_at().filter(|_| !collecting && !self.rests(&reading));
+        let leaks = leaks.map(|at| (at, "leaked ENIs are looked for"));
+        let audit =
+            self.audits.iter().map(|(_, at)| (at.plus_ms(AUDIT_PATIENCE_MS), "an audit has waited enough")).min();
+        let pace = self.paced_until.map(|at| (at, "the next call is due"));
+        [waiter, retry, kernel, cooling, verify, metadata, release, leaks, audit, pace].into_iter().flatten().min()
     }
 
     pub fn ledger(&self) -> &LedgerState {
@@ -434,16 +472,24 @@ impl Pool {
             self.verify_at = None;
             self.verify_due = true;
             // An ENI whose subnet was not known is adopted once IMDS shows it.
-            self.metadata_read &= !self.unadopted;
+            if self.unadopted {
+                self.metadata_at = Some(now);
+            }
         }
+        self.ledger.given_up.retain(|_, at| now.since_ms(*at) < READINGS_LAG_MS);
+        self.ledger.forgotten.retain(|_, at| now.since_ms(*at) < READINGS_LAG_MS);
         self.serve_waiting(now, out);
         self.learn_node(now, out);
         self.advance_enis(now, out);
         self.grow(now, out);
         // What could not be served by growing may be served by an early end of a cool-down.
         self.serve_waiting(now, out);
+        self.give_back(now, out);
+        self.collect_leaks(now, out);
         self.program_kernel(now, out);
+        self.answer_audits(now, out);
         self.cooled_at = self.next_cooled(now);
+        self.paced_until = self.buckets.values().map(|bucket| bucket.ready_at(now)).filter(|at| *at > now).min();
     }
 
     /// Applies a record to the state and has it written.
@@ -467,8 +513,52 @@ impl Pool {
     }
 
     fn start(&mut self, op: Op, request: CloudRequest, now: Time, out: &mut Out) {
+        self.bucket(request.action(), now).take(now);
         let id = self.new_op(op, now);
         out.commands.push(Command::Cloud { op: id, request });
+    }
+
+    fn bucket(&mut self, action: &'static str, now: Time) -> &mut Bucket {
+        self.buckets.entry(action).or_insert_with(|| Bucket::new(action, now))
+    }
+
+    /// The action may be called now: EC2 has not refused it a moment ago, and it would not be too fast.
+    fn may_call(&self, action: &'static str, now: Time) -> bool {
+        let rests = self.rests(&setback::Subject::Action(action.to_owned()));
+        !rests && self.buckets.get(action).is_none_or(|bucket| bucket.ready_at(now) <= now)
+    }
+
+    /// EC2 may be asked at all.
+    fn may_read(&self) -> bool {
+        !self.settings.imds_only && self.node_state.level < Level::NoCloud
+    }
+
+    /// EC2 may be changed. Before IMDS has spoken the ledger may be another instance's.
+    fn may_change(&self) -> bool {
+        self.may_read() && self.settings.provisioning && self.metadata_read
+    }
+
+    /// The node is on its way out, or nobody is to come: pods that wait are served, and nothing else is begun.
+    fn winding_down(&self) -> bool {
+        self.terminating || (self.node_state.unschedulable && !self.settings.manage_unschedulable)
+    }
+
+    /// Something may be given back in EC2.
+    fn may_give_back(&self) -> bool {
+        self.may_change() && self.node_state.level == Level::Normal && !self.winding_down()
+    }
+
+    fn node_state_said(&mut self, state: NodeState, out: &mut Out) {
+        if state != self.node_state {
+            let text = format!("{state:?}");
+            self.node_state = state;
+            out.note(Note::NodeStateChanged { text });
+        }
+    }
+
+    /// EC2 does not show the ENI on this instance.
+    fn is_gone(&self, eni: &EniId) -> bool {
+        self.ledger.enis_unseen.contains_key(eni)
     }
 
     fn new_op(&mut self, op: Op, now: Time) -> OpId {

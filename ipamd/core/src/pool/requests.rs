@@ -91,8 +91,7 @@ impl Pool {
             };
             let Some(pick) = pick::pick(&candidates, occupancy, freed, nothing_comes || out_of_patience) else {
                 if out_of_patience {
-                    let failure = self.why_no_address(waiter.since, now);
-                    out.reply(waiter.request, Answer::Failed(failure));
+                    self.refuse(waiter, now, out);
                     continue;
                 }
                 self.waiting.push_front(waiter);
@@ -125,9 +124,14 @@ impl Pool {
         let (gone, kept): (VecDeque<Waiter>, _) = self.waiting.drain(..).partition(|w| w.deadline <= now);
         self.waiting = kept;
         for waiter in gone {
-            let failure = self.why_no_address(waiter.since, now);
-            out.reply(waiter.request, Answer::Failed(failure));
+            self.refuse(waiter, now, out);
         }
+    }
+
+    fn refuse(&mut self, waiter: Waiter, now: Time, out: &mut Out) {
+        let failure = self.why_no_address(waiter.since, now);
+        out.note(Note::Refused { pod: waiter.pod, failure: failure.clone() });
+        out.reply(waiter.request, Answer::Failed(failure));
     }
 
     /// Addresses of sandboxes, and addresses the kernel still routes to a pod although no sandbox is known.
@@ -141,13 +145,14 @@ impl Pool {
         let mut candidates = Vec::new();
         for (id, eni) in &self.ledger.enis {
             let Some(live) = self.live.get(id) else { continue };
-            if !live.programmed || live.gone {
+            if !live.programmed || !self.serves_pods(id) {
                 continue;
             }
             let slots = self.ledger.slots.get(id).into_iter().flatten();
             // Packets of pods on the primary need no steering: main is where they go.
             let steered = |slot: &IpNet| eni.device == DeviceIndex::PRIMARY || live.told.contains(slot);
-            for slot in slots.filter(|slot| steered(slot) && !live.missing.contains(*slot)) {
+            let usable = |slot: &IpNet| !live.doubted.contains(slot) && !self.is_withheld(id, slot);
+            for slot in slots.filter(|slot| steered(slot) && usable(slot)) {
                 candidates.push(Candidate {
                     slot: *slot,
                     eni: id.clone(),

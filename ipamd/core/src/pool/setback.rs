@@ -18,6 +18,10 @@ pub enum Subject {
     /// New addresses and ENIs in one subnet.
     Subnet(SubnetId),
     SubnetPrefixes(SubnetId),
+    /// The security groups of one ENI.
+    Groups(EniId),
+    /// Giving an ENI back what it lost under a pod.
+    Lost(EniId),
     Kernel,
 }
 
@@ -40,7 +44,7 @@ pub struct Setback {
 /// First and longest rest by kind, in milliseconds.
 fn rest_ms(kind: CloudErrorKind) -> (u64, u64) {
     match kind {
-        CloudErrorKind::Throttled => (1_000, 60_000),
+        CloudErrorKind::Throttled => (1_000, 30_000),
         CloudErrorKind::SubnetEmpty => (5_000, 120_000),
         CloudErrorKind::Fragmented => (60_000, 600_000),
         CloudErrorKind::Denied | CloudErrorKind::Invalid => (10_000, 300_000),
@@ -58,7 +62,12 @@ impl Pool {
         let failures = before.map_or(0, |s| s.failures) + 1;
         let since = before.map_or(now, |s| s.since);
         let base = first.saturating_mul(1 << (failures - 1).min(16)).min(longest);
-        let retry_in_ms = base + self.random() % (base / 2 + 1);
+        let chance = self.random();
+        // EC2's own pace for what it throttles; for the rest up to half again, so that nodes spread out.
+        let retry_in_ms = match (&subject, error.kind) {
+            (Subject::Action(_), CloudErrorKind::Throttled) => self.slow_down(&error.action, now, chance),
+            _ => base + chance % (base / 2 + 1),
+        };
         let setback = Setback {
             kind: error.kind,
             action: error.action.clone(),
@@ -72,6 +81,11 @@ impl Pool {
         };
         self.setbacks.insert(subject, setback);
         out.note(Note::CloudFailed { error, retry_in_ms });
+    }
+
+    fn slow_down(&mut self, action: &str, now: Time, chance: u64) -> u64 {
+        let bucket = self.buckets.iter_mut().find(|(name, _)| **name == action);
+        bucket.map_or(1_000, |(_, bucket)| bucket.refused(now, chance))
     }
 
     pub(super) fn rests(&self, subject: &Subject) -> bool {

@@ -137,7 +137,14 @@ impl Pool {
                     prefixes,
                     pods: pods.get(&eni.id).copied().unwrap_or(0),
                     slots: texts(self.ledger.slots.get(&eni.id)),
-                    missing: texts(live.map(|l| &l.missing)),
+                    missing: self
+                        .ledger
+                        .unseen
+                        .get(&eni.id)
+                        .into_iter()
+                        .flatten()
+                        .map(|(slot, _)| slot.to_string())
+                        .collect(),
                     quarantined: texts(live.map(|l| &l.quarantined)),
                 }
             })
@@ -173,13 +180,14 @@ impl Pool {
         u32::try_from(free.count()).unwrap_or(u32::MAX)
     }
 
-    fn eni_state(&self, id: &EniId) -> &'static str {
+    pub(super) fn eni_state(&self, id: &EniId) -> &'static str {
         let record = self.ledger.enis.get(id);
         match (record.map(|r| r.progress), self.live.get(id)) {
-            (_, Some(live)) if live.gone => "gone from EC2",
+            _ if self.is_gone(id) => "gone from EC2",
+            _ if record.is_some_and(|r| r.leaving.is_some()) => "being given back",
             (Some(Progress::Created), _) => "created",
             (_, Some(live)) if live.programmed => "in service",
-            _ if self.kernel.missing_links.contains(id) => "waiting for its link",
+            _ if self.kernel.report.missing_links.contains(id) => "waiting for its link",
             _ => "being programmed",
         }
     }
@@ -198,11 +206,8 @@ impl Pool {
             let message = format!("the node's routes could not be programmed: {}", s.message);
             return Failure::retryable(Reason::Starting, message);
         }
-        if !self.settings.provisioning {
-            let message =
-                "every address of this node is in use and DISABLE_NETWORK_RESOURCE_PROVISIONING forbids taking \
-                           more"
-                    .to_owned();
+        if let Some(why) = self.why_unchangeable() {
+            let message = format!("every address of this node is in use and {why}");
             return Failure { reason: Reason::ProvisioningDisabled, message, retryable: true };
         }
         if let Some(failure) = self.worst_setback(now) {
@@ -248,8 +253,35 @@ impl Pool {
         Failure::retryable(Reason::Assigning, format!("an address is on its way (waited {waited})"))
     }
 
+    /// What forbids taking more from EC2, if anything does.
+    fn why_unchangeable(&self) -> Option<&'static str> {
+        if self.settings.imds_only {
+            return Some("ENABLE_IMDS_ONLY_MODE forbids taking more");
+        }
+        if !self.settings.provisioning {
+            return Some("DISABLE_NETWORK_RESOURCE_PROVISIONING forbids taking more");
+        }
+        if !self.may_read() {
+            return Some("an operator has set the level no-cloud; `ipamd level normal` lifts it");
+        }
+        if self.settings.custom_networking && self.node_state.eni_config.is_none() {
+            return Some(
+                "custom networking is on and no ENIConfig is known for this node: without one no ENI can be made",
+            );
+        }
+        None
+    }
+
     fn eni_on_its_way(&self) -> Option<(&EniId, Time)> {
-        self.live.iter().find(|(_, live)| !live.programmed && !live.gone).map(|(id, live)| (id, live.since))
+        self.live.iter().find(|(id, live)| !live.programmed && self.serves_pods(id)).map(|(id, live)| (id, live.since))
+    }
+
+    fn subnet_of(&self, subject: &Subject) -> Option<SubnetId> {
+        match subject {
+            Subject::Subnet(subnet) | Subject::SubnetPrefixes(subnet) => Some(subnet.clone()),
+            Subject::Eni(eni) | Subject::EniPrefixes(eni) => self.ledger.enis.get(eni).map(|eni| eni.subnet.clone()),
+            _ => None,
+        }
     }
 
     /// The setback that stands most in the way, as a failure.
@@ -268,7 +300,11 @@ impl Pool {
         let brings =
             |s: &Setback| !matches!(s.action.as_str(), "ModifyNetworkInterfaceAttribute" | "DeleteNetworkInterface");
         let setbacks = self.setbacks.iter().filter(|(subject, s)| **subject != Subject::Kernel && !s.over && brings(s));
-        let (_, s) = setbacks.min_by_key(|(_, s)| rank(s.kind))?;
+        let (subject, s) = setbacks.min_by_key(|(_, s)| rank(s.kind))?;
+        let subnet = self.subnet_of(subject);
+        let free = subnet.as_ref().and_then(|subnet| self.free_in(subnet));
+        let free = free.map_or_else(String::new, |free| format!(", {free} free by EC2's count"));
+        let subnet = subnet.map_or_else(|| "the subnet".to_owned(), |subnet| subnet.to_string());
         let since = seconds(now.since_ms(s.since));
         let next = match s.until.since_ms(now) {
             0 => "it is being tried again".to_owned(),
@@ -277,12 +313,12 @@ impl Pool {
         let Setback { action, object, code, message, failures, .. } = s;
         let (reason, text) = match s.kind {
             CloudErrorKind::SubnetEmpty => {
-                (Reason::SubnetEmpty, format!("{object} has no free address, since {since}; {next}"))
+                (Reason::SubnetEmpty, format!("{subnet} has no free address for {object}, since {since}{free}; {next}"))
             }
             CloudErrorKind::Fragmented => (
                 Reason::Fragmented,
                 format!(
-                    "there is no free /28 for {object}, since {since}; single addresses are taken meanwhile, {next}"
+                    "{subnet} has no free /28 for {object}, since {since}{free}; single addresses are taken meanwhile, {next}"
                 ),
             ),
             CloudErrorKind::Throttled => {
