@@ -12,14 +12,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use flatwire_core::ids::{SandboxId, Time};
-use flatwire_core::ledger::Record;
-use flatwire_core::pool::{Answer, Command, Event, Failure, ImportedPod, OpId, Pool, PoolStatus, Reason, RequestId};
+use flatwire_core::ledger::{LedgerState, Record};
+use flatwire_core::pool::{
+    Answer, Command, Event, Failure, ImportedPod, NodeState, OpId, Pool, PoolStatus, Reason, RequestId,
+};
 use flatwire_core::ports::{Cloud, CloudError, CloudErrorKind, CloudRequest, Kernel};
 use flatwire_store::journal::Journal;
 use flatwire_store::{checkpoint, releases};
 use tokio::sync::oneshot;
 
 use crate::metrics::Metrics;
+use crate::node_state::{self, NodeStateFile};
 use crate::notes;
 use crate::probe::{Effect, Point, Probe};
 
@@ -31,13 +34,15 @@ const MAX_BATCH: usize = 256;
 const CHECKPOINT_DELAY: Duration = Duration::from_millis(200);
 /// The longest a programming of the node may take.
 const KERNEL_DEADLINE: Duration = Duration::from_secs(30);
-/// How often the folder of queued releases is looked at.
-const RELEASES_EVERY: Duration = Duration::from_secs(2);
+/// How often the folder of queued releases and the state of the node are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+type Look = Box<dyn FnOnce(&Pool, Time) + Send>;
 
 enum Input {
     Event(Event),
     Request { event: Box<dyn FnOnce(RequestId) -> Event + Send>, id: RequestId, reply: oneshot::Sender<Answer> },
-    Status(oneshot::Sender<PoolStatus>),
+    Look(Look),
     Stop(oneshot::Sender<()>),
 }
 
@@ -75,10 +80,22 @@ impl Handle {
         answer
     }
 
-    pub async fn status(&self) -> Result<PoolStatus, Unavailable> {
+    /// Looks at the pool between two steps.
+    pub async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Pool, Time) -> T + Send + 'static,
+    ) -> Result<T, Unavailable> {
         let (reply, answer) = oneshot::channel();
-        self.inputs.send(Input::Status(reply)).map_err(|_| Unavailable::Stopping)?;
+        let look = Box::new(|pool: &Pool, now| {
+            // Whoever asked may be gone.
+            let _ = reply.send(look(pool, now));
+        });
+        self.inputs.send(Input::Look(look)).map_err(|_| Unavailable::Stopping)?;
         answer.await.map_err(|_| Unavailable::Stopping)
+    }
+
+    pub async fn status(&self) -> Result<PoolStatus, Unavailable> {
+        self.look(Pool::status).await
     }
 
     /// Sends waiting pods away, writes what is unwritten, and ends the loop.
@@ -117,6 +134,7 @@ pub struct Driver<C, K, P> {
     pub release_queue: PathBuf,
     /// Pods of another IPAM, for the pool to take over first of all.
     pub imported: Vec<ImportedPod>,
+    pub node_state: NodeStateFile,
     pub probe: P,
 }
 
@@ -139,8 +157,9 @@ struct Loop<C, K, P> {
     checkpoint_due: Option<Time>,
     /// The checkpoint on disk names pods that are not in the ledger yet, and stays until they are.
     checkpoint_ahead: bool,
-    releases_due: Time,
+    look_due: Time,
     complained: std::collections::BTreeSet<PathBuf>,
+    node_state: NodeState,
     stopping: Option<oneshot::Sender<()>>,
 }
 
@@ -155,9 +174,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             under_way: Arc::new(AtomicUsize::new(0)),
         };
         // A clock set back between two lives must not make the past lie ahead.
-        let ledger = self.pool.ledger();
-        let stamps = ledger.pods.values().map(|a| a.at).chain(ledger.freed.values().copied());
-        let newest = stamps.max().unwrap_or_default();
+        let newest = newest_stamp(self.pool.ledger());
         let mut the_loop = Loop {
             driver: self,
             inputs,
@@ -168,8 +185,9 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             last: Time::default(),
             checkpoint_due: None,
             checkpoint_ahead: false,
-            releases_due: Time::default(),
+            look_due: Time::default(),
             complained: std::collections::BTreeSet::new(),
+            node_state: NodeState::default(),
             stopping: None,
         };
         std::thread::Builder::new().name("pool".to_owned()).spawn(move || the_loop.run())?;
@@ -179,9 +197,14 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
 
 impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn run(&mut self) {
+        // Before the first step: an operator's brake holds from the start, and pods that are here are known.
+        let mut events = self.look_at_node_state(node_state::cautious());
         let imported = std::mem::take(&mut self.driver.imported);
         self.checkpoint_ahead = !imported.is_empty();
-        let mut events = if self.checkpoint_ahead { vec![Event::Import(imported)] } else { vec![Event::Tick] };
+        if self.checkpoint_ahead {
+            events.push(Event::Import(imported));
+        }
+        events.push(Event::Tick);
         // What the ledger says now is what a rollback should find, whether or not anything changes.
         self.checkpoint_due = Some(self.now());
         loop {
@@ -199,8 +222,8 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn next_events(&mut self) -> Vec<Event> {
         let now = self.now();
         let pool = self.driver.pool.poll_deadline().map(|(at, _)| at);
-        let due = [pool, self.checkpoint_due, Some(self.releases_due)].into_iter().flatten().min().unwrap_or(now);
-        let wait = Duration::from_millis(due.since_ms(now)).min(RELEASES_EVERY);
+        let due = [pool, self.checkpoint_due, Some(self.look_due)].into_iter().flatten().min().unwrap_or(now);
+        let wait = Duration::from_millis(due.since_ms(now)).min(LOOK_EVERY) / self.driver.probe.hurry();
         let mut events = Vec::new();
         match self.inputs.recv_timeout(wait) {
             Ok(input) => self.take(input, &mut events),
@@ -223,9 +246,9 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                 self.replies.insert(id, ReplyTo::Caller(reply));
                 events.push(event(id));
             }
-            Input::Status(reply) => {
+            Input::Look(look) => {
                 let now = self.now();
-                let _ = reply.send(self.driver.pool.status(now));
+                look(&self.driver.pool, now);
             }
             Input::Stop(done) => {
                 self.stopping = Some(done);
@@ -358,7 +381,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn reply(&mut self, request: RequestId, answer: Answer) {
         match self.replies.remove(&request) {
             Some(ReplyTo::Caller(reply)) => {
-                let _ = self.effect(Effect::Reply, |_| reply.send(answer));
+                self.effect(Effect::Reply, |_| drop(reply.send(answer)));
             }
             Some(ReplyTo::Queue(path)) => match answer {
                 Answer::Failed(failure) => {
@@ -374,7 +397,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         }
     }
 
-    /// What is due by the clock: the add-on's checkpoint, the queue of releases, a shorter journal.
+    /// What is due by the clock: the add-on's checkpoint, a shorter journal, the queue of releases, the state of the node.
     fn housekeeping(&mut self) {
         let now = self.now();
         if self.checkpoint_due.is_some_and(|at| at <= now) {
@@ -391,10 +414,38 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                 tracing::warn!(error = %notes::chain(&error), "the ledger stays long");
             }
         }
-        if self.releases_due <= now && self.stopping.is_none() {
-            self.releases_due = now.plus_ms(u64::try_from(RELEASES_EVERY.as_millis()).unwrap_or(0));
+        if self.look_due <= now && self.stopping.is_none() {
+            self.look_due = now.plus_ms(u64::try_from(LOOK_EVERY.as_millis()).unwrap_or(0));
             self.drain_releases();
+            let events = self.look_at_node_state(self.node_state.clone());
+            if !events.is_empty() {
+                self.handle(events);
+            }
         }
+    }
+
+    /// What is newly said of the node; `otherwise` holds where the file cannot be read.
+    fn look_at_node_state(&mut self, otherwise: NodeState) -> Vec<Event> {
+        let Some(said) = self.driver.node_state.look() else { return Vec::new() };
+        let state = said.unwrap_or_else(|error| {
+            self.driver.metrics.error("node_state");
+            let level = node_state::level_name(otherwise.level);
+            tracing::error!(error = %notes::chain(&error), level, "what is said of this node cannot be read; this holds");
+            otherwise
+        });
+        if state == self.node_state {
+            return Vec::new();
+        }
+        let level = node_state::level_name(state.level);
+        tracing::info!(
+            level,
+            unschedulable = state.unschedulable,
+            scheduled_pods = state.scheduled_pods,
+            "said of this node"
+        );
+        self.driver.metrics.node_state(&state);
+        self.node_state = state.clone();
+        vec![Event::NodeState(state)]
     }
 
     fn drain_releases(&mut self) {
@@ -446,9 +497,22 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     /// The pool's time: wall time at the start, and even from there.
     fn now(&mut self) -> Time {
         let (start, running) = self.started;
-        self.last = start.plus_ms(u64::try_from(running.elapsed().as_millis()).unwrap_or(u64::MAX));
+        let passed = running.elapsed() * self.driver.probe.hurry();
+        self.last = start.plus_ms(u64::try_from(passed.as_millis()).unwrap_or(u64::MAX));
         self.last
     }
+}
+
+/// The latest moment the ledger speaks of.
+fn newest_stamp(ledger: &LedgerState) -> Time {
+    let leaving = ledger.enis.values().filter_map(|eni| eni.leaving);
+    let pods = ledger.pods.values().map(|allocation| allocation.at);
+    let freed = ledger.freed.values().chain(ledger.given_up.values());
+    let unseen = ledger.unseen.values().flat_map(|slots| slots.values());
+    let enis = ledger.enis_unseen.values().chain(ledger.forgotten.values());
+    let creations = ledger.creations.values().map(|creation| creation.since);
+    let stamps = leaving.chain(pods).chain(creations).chain(freed.chain(unseen).chain(enis).copied());
+    stamps.max().unwrap_or_default()
 }
 
 pub fn wall_clock() -> Time {

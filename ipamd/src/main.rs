@@ -1,5 +1,7 @@
 //! The program: `ipamd::cli` without a probe.
 
-fn main() -> anyhow::Result<()> {
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
     ipamd::cli::main(ipamd::probe::NoProbe)
 }

@@ -13,6 +13,12 @@ use flatwire_core::ports::CloudRequest;
 /// at all.
 pub trait Probe: Clone + Send + Sync + 'static {
     fn reached(&self, point: Point);
+
+    /// How many seconds pass for the pool in one: more than one only in tests, which cannot wait an hour.
+    #[inline(always)]
+    fn hurry(&self) -> u32 {
+        1
+    }
 }
 
 /// Hears nothing.

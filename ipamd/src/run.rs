@@ -5,22 +5,22 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use flatwire_cloud::AwsCloud;
 use flatwire_core::ledger::LedgerState;
 use flatwire_core::pool::{ImportedPod, Pool};
-use flatwire_core::settings::Settings;
 use flatwire_kernel::node::NodeKernel;
 use flatwire_store::journal::Journal;
 use flatwire_store::{StoreError, checkpoint};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::RunArgs;
+use crate::config::{Config, RunArgs};
 use crate::driver::{Driver, wall_clock};
 use crate::grpc::{self, Service};
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
+use crate::node_state::NodeStateFile;
 use crate::notes;
 use crate::probe::Probe;
 
@@ -28,66 +28,62 @@ use crate::probe::Probe;
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 
 pub fn run(args: RunArgs, probe: impl Probe) -> anyhow::Result<()> {
-    start_log(&args)?;
+    let config = Config::parse(&args, |name| std::env::var(name).ok())?;
+    start_log(&config)?;
     die_on_panic();
-    let settings = Settings::parse(|name| std::env::var(name).ok()).map_err(|refusals| {
-        let list: Vec<String> = refusals.iter().map(|r| format!("  {r}")).collect();
-        anyhow!("these settings are not allowed; nothing was started:\n{}", list.join("\n"))
-    })?;
+    for leniency in &config.leniencies {
+        tracing::warn!("{leniency}");
+    }
+    for (variable, why) in &config.without_effect {
+        tracing::info!(variable, why, "set, and without effect");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(serve(args, settings, probe))
+    runtime.block_on(serve(config, probe))
 }
 
-async fn serve(args: RunArgs, settings: Settings, probe: impl Probe) -> anyhow::Result<()> {
+async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
     // The ledger's lock first: a second daemon must touch neither the ledger nor the socket of the first.
-    let (journal, opened) = Journal::open(&args.ledger)?;
+    let (journal, opened) = Journal::open(&config.ledger)?;
     if opened.dropped_bytes > 0 {
         tracing::warn!(bytes = opened.dropped_bytes, "cut a torn last line off the ledger, the trace of a crash");
     }
-    let imported = pods_left_here(&args.checkpoint, &opened.state);
+    let imported = pods_left_here(&config.checkpoint, &opened.state);
     let metrics = Arc::new(Metrics::new()?);
-    let cloud = AwsCloud::connect(
-        flatwire_cloud::Config {
-            ec2_endpoint: args.ec2_endpoint.clone(),
-            imds_endpoint: args.imds_endpoint.clone(),
-            http_timeout: Duration::from_secs(args.http_timeout),
-            ..flatwire_cloud::Config::new(env!("CARGO_PKG_VERSION"))
-        },
-        metrics.clone(),
-    )?;
+    let cloud = AwsCloud::connect(config.cloud(), metrics.clone())?;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = u64::from(since_epoch.subsec_nanos()) ^ (u64::from(std::process::id()) << 32);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         pods = opened.state.pods.len(),
         enis = opened.state.enis.len(),
-        policy = ?settings.policy,
-        mode = ?settings.mode,
+        policy = ?config.settings.policy,
+        mode = ?config.settings.mode,
         "ipamd starts"
     );
     let driver = Driver {
-        pool: Pool::new(settings, opened.state, seed, wall_clock()),
+        pool: Pool::new(config.settings, opened.state, seed, wall_clock()),
         journal,
         cloud: Arc::new(cloud),
         kernel: Arc::new(NodeKernel::open()?),
         runtime: tokio::runtime::Handle::current(),
         metrics: metrics.clone(),
-        checkpoint: args.checkpoint.clone(),
+        checkpoint: config.checkpoint,
         imported,
-        release_queue: args.release_queue.clone(),
+        release_queue: config.release_queue,
+        node_state: NodeStateFile::new(config.node_state),
         probe,
     };
     let pool = driver.start().context("start the pool's thread")?;
     let pages = Pages { pool: pool.clone(), metrics: metrics.clone() };
-    if !args.disable_metrics {
-        http::start("metrics", args.metrics, http::metrics_pages(pages.clone())).await;
+    if let Some(address) = config.metrics {
+        http::start("metrics", address, http::metrics_pages(pages.clone())).await;
     }
-    if !args.disable_introspection {
-        http::start("introspection", args.introspection, http::introspection_pages(pages)).await;
+    if let Some(address) = config.introspection {
+        http::start("introspection", address, http::introspection_pages(pages)).await;
     }
     // The socket last: whoever finds it finds everything else in place.
-    let listener = grpc::listen(&args.socket)?;
-    let service = Service { pool: pool.clone(), metrics, network_policy_mode: args.network_policy_mode.clone() };
+    let listener = grpc::listen(&config.socket)?;
+    let service = Service { pool: pool.clone(), metrics, network_policy_mode: config.network_policy_mode };
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(grpc::serve(listener, service, async {
         let _ = stopped.await;
@@ -96,7 +92,7 @@ async fn serve(args: RunArgs, settings: Settings, probe: impl Probe) -> anyhow::
     tracing::info!(why, "stopping: no new requests, waiting pods are sent away");
     let _ = stop.send(());
     // While the ledger's lock is held: afterwards the path may be the next daemon's.
-    match std::fs::remove_file(&args.socket) {
+    match std::fs::remove_file(&config.socket) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => tracing::warn!(error = %e, "the socket stays behind"),
         _ => {}
     }
@@ -134,7 +130,9 @@ fn pods_left_here(path: &Path, ledger: &LedgerState) -> Vec<ImportedPod> {
         _ => Ok(path),
     };
     match kept {
-        Ok(kept) => tracing::error!(error = %notes::chain(&error), kept_as = %kept.display(), "started without its pods"),
+        Ok(kept) => {
+            tracing::error!(error = %notes::chain(&error), kept_as = %kept.display(), "started without its pods")
+        }
         Err(why) => tracing::error!(error = %notes::chain(&error), %why, "started without its pods, and it is lost"),
     }
     Vec::new()
@@ -160,16 +158,10 @@ fn die_on_panic() {
 }
 
 /// JSON lines for machines, readable ones on a terminal.
-fn start_log(args: &RunArgs) -> anyhow::Result<()> {
-    let level = args.log_level.to_ascii_lowercase();
-    let filter = match level.as_str() {
-        "debug" | "info" | "warn" | "error" => {
-            EnvFilter::new(format!("{level},hyper=warn,h2=warn,aws=warn,tower=warn"))
-        }
-        _ => EnvFilter::try_new(&args.log_level).context("AWS_VPC_K8S_CNI_LOGLEVEL is not a level or filter")?,
-    };
+fn start_log(config: &Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log_filter).context("AWS_VPC_K8S_CNI_LOGLEVEL")?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
-    match args.log_file.as_str() {
+    match config.log_file.as_str() {
         "stderr" if std::io::IsTerminal::is_terminal(&std::io::stderr()) => {
             builder.with_writer(std::io::stderr).init();
         }

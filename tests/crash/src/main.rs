@@ -1,19 +1,22 @@
 //! ipamd, ended at a point: `FLATWIRE_CRASH_AT=after-create-eni` at its first arrival there, `after-create-eni:3` at its
-//! third. Without the variable it is the daemon that is shipped.
+//! third. `FLATWIRE_HURRY=60` lets a minute pass for the pool in a second. Without either it is the daemon that is shipped.
 
 use std::num::NonZeroU32;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::Context;
 use ipamd::probe::{Point, Probe};
 
-const VARIABLE: &str = "FLATWIRE_CRASH_AT";
+const CRASH_AT: &str = "FLATWIRE_CRASH_AT";
+const HURRY: &str = "FLATWIRE_HURRY";
 
 #[derive(Debug, Clone)]
 struct CrashAt {
     point: Option<Point>,
     arrivals_left: Arc<AtomicU32>,
+    hurry: u32,
 }
 
 impl Probe for CrashAt {
@@ -23,20 +26,33 @@ impl Probe for CrashAt {
             std::process::abort();
         }
     }
-}
 
-impl CrashAt {
-    fn parse(text: &str) -> anyhow::Result<Self> {
-        let (point, arrival) = text.split_once(':').unwrap_or((text, "1"));
-        let arrival: NonZeroU32 = arrival.parse().with_context(|| format!("{arrival:?} is no number of an arrival"))?;
-        Ok(Self { point: Some(point.parse()?), arrivals_left: Arc::new(arrival.get().into()) })
+    fn hurry(&self) -> u32 {
+        self.hurry
     }
 }
 
-fn main() -> anyhow::Result<()> {
-    let probe = match std::env::var(VARIABLE) {
-        Ok(text) => CrashAt::parse(&text).with_context(|| format!("{VARIABLE}={text:?}"))?,
-        Err(_) => CrashAt { point: None, arrivals_left: Arc::default() },
-    };
-    ipamd::cli::main(probe)
+impl CrashAt {
+    fn from_env() -> anyhow::Result<Self> {
+        let point = match std::env::var(CRASH_AT) {
+            Ok(text) => Some(parse(&text).with_context(|| format!("{CRASH_AT}={text:?}"))?),
+            Err(_) => None,
+        };
+        let hurry = match std::env::var(HURRY) {
+            Ok(text) => text.parse::<NonZeroU32>().with_context(|| format!("{HURRY}={text:?}"))?.get(),
+            Err(_) => 1,
+        };
+        let arrivals_left = Arc::new(point.map_or(0, |(_, arrival)| arrival).into());
+        Ok(Self { point: point.map(|(point, _)| point), arrivals_left, hurry })
+    }
+}
+
+fn parse(text: &str) -> anyhow::Result<(Point, u32)> {
+    let (point, arrival) = text.split_once(':').unwrap_or((text, "1"));
+    let arrival: NonZeroU32 = arrival.parse().with_context(|| format!("{arrival:?} is no number of an arrival"))?;
+    Ok((point.parse()?, arrival.get()))
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    Ok(ipamd::cli::main(CrashAt::from_env()?))
 }
