@@ -14,6 +14,7 @@ mod convert;
 mod errors;
 mod imds;
 mod preflight;
+mod whole;
 
 use std::fmt;
 use std::sync::Arc;

@@ -242,6 +242,11 @@ impl Ec2 {
         self.lock().state.options.delays = delays;
     }
 
+    /// How far `Describe*` is behind from now on. What changed before is seen as it is.
+    pub fn set_describe_lag(&self, ms: u64) {
+        self.lock().state.options.describe_lag_ms = ms;
+    }
+
     pub fn set_throttle(&self, buckets: Option<Buckets>) {
         self.lock().state.throttle.set(buckets);
     }

@@ -652,7 +652,7 @@ async fn region_and_credentials_are_looked_for_until_found() {
             ("PUT", _) if region => Answer::Http {
                 status: 200,
                 headers: vec![("x-aws-ec2-metadata-token-ttl-seconds", "60".to_owned())],
-                body: "token".to_owned(),
+                body: "token".into(),
             },
             (_, "/latest/meta-data/placement/region") if region => Answer::ok("eu-central-1"),
             (_, "/latest/meta-data/iam/security-credentials/") if role => Answer::ok("node"),
