@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use flatwire_core::ids::{DeviceIndex, EniId, SubnetId, Time};
 use flatwire_core::pick::{Candidate, Occupancy, addresses, pick};
-use flatwire_core::plan::{EniRoom, Means, Step, SubnetRoom, plan};
+use flatwire_core::plan::{AtMost, EniRoom, Means, Step, SubnetRoom, plan};
 use flatwire_core::ports::Want;
 use flatwire_core::target::{Counts, Frame, Mode, PREFIX_SIZE, Policy, Wanted, WarmTargets, target};
 use proptest::prelude::*;
@@ -58,13 +58,23 @@ fn means() -> impl Strategy<Value = Means> {
         mode,
         enis: (0..)
             .zip(rooms)
-            .map(|(n, (free_slots, resting, singles_only))| EniRoom { eni: eni(n), free_slots, resting, singles_only })
+            .map(|(n, (free_slots, resting, singles_only))| EniRoom {
+                eni: eni(n),
+                free_slots,
+                resting,
+                singles_only,
+                at_most: AtMost::ANY,
+            })
             .collect(),
         new_enis,
         slots_per_eni,
         subnets: (0..)
             .zip(subnets)
-            .map(|(n, singles_only)| SubnetRoom { subnet: SubnetId::new(format!("subnet-{n}")).unwrap(), singles_only })
+            .map(|(n, singles_only)| SubnetRoom {
+                subnet: SubnetId::new(format!("subnet-{n}")).unwrap(),
+                singles_only,
+                at_most: AtMost::ANY,
+            })
             .collect(),
     })
 }
