@@ -15,6 +15,8 @@ pub struct EniRoom {
     pub resting: bool,
     /// EC2 had no free /28 for it a moment ago: take single addresses.
     pub singles_only: bool,
+    /// Its subnet refused more slots at once a moment ago.
+    pub most_slots: Option<u32>,
 }
 
 /// What the plan may use.
@@ -37,6 +39,8 @@ pub struct SubnetRoom {
     pub subnet: SubnetId,
     /// EC2 had no free /28 in it a moment ago: take single addresses.
     pub singles_only: bool,
+    /// It refused more slots at once a moment ago.
+    pub most_slots: Option<u32>,
 }
 
 impl Means {
@@ -78,14 +82,14 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
             break;
         }
         if let Some((want, brings)) = take(missing, mode, room.singles_only, room.free_slots) {
-            plan.steps.push(Step::Assign { eni: room.eni.clone(), want });
+            plan.steps.push(Step::Assign { eni: room.eni.clone(), want: at_most(want, room.most_slots) });
             missing = missing.saturating_sub(brings);
         }
     }
     for _ in 0..means.new_enis {
         let Some(room) = means.new_eni(mode).filter(|_| missing > 0) else { break };
         let Some((want, brings)) = take(missing, mode, room.singles_only, means.slots_per_eni) else { break };
-        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want });
+        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want: at_most(want, room.most_slots) });
         missing = missing.saturating_sub(brings);
     }
     plan.unmet = missing;
@@ -96,14 +100,14 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
 fn fill(count: u32, means: &Means) -> Plan {
     let full = |slots: u32, singles: bool| if singles { slots } else { slots * per_slot(means.mode) };
     if let Some(room) = means.enis.iter().find(|room| !room.resting && room.free_slots > 0) {
-        let want = want_of(means.mode, room.singles_only, room.free_slots);
+        let want = at_most(want_of(means.mode, room.singles_only, room.free_slots), room.most_slots);
         return Plan { steps: vec![Step::Assign { eni: room.eni.clone(), want }], unmet: 0 };
     }
     let Some(room) = means.new_eni(means.mode) else {
         return Plan { steps: Vec::new(), unmet: count * full(means.slots_per_eni, false) };
     };
     let new_enis = means.new_enis.min(count);
-    let want = want_of(means.mode, room.singles_only, means.slots_per_eni);
+    let want = at_most(want_of(means.mode, room.singles_only, means.slots_per_eni), room.most_slots);
     let steps = (0..new_enis).map(|_| Step::Create { subnet: room.subnet.clone(), want }).collect();
     Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, room.singles_only) }
 }
@@ -132,6 +136,16 @@ fn take(missing: u32, mode: Mode, singles_only: bool, free_slots: u32) -> Option
     (slots > 0).then_some((want, brings))
 }
 
+/// A subnet that refused more is asked for less. What is not asked for now comes from the same place later: a further ENI
+/// in a short subnet would only cost it one more address.
+fn at_most(want: Want, slots: Option<u32>) -> Want {
+    let most = slots.unwrap_or(u32::MAX);
+    match want {
+        Want::Addresses(n) => Want::Addresses(n.min(most)),
+        Want::Prefixes(n) => Want::Prefixes(n.min(most)),
+    }
+}
+
 fn want_of(mode: Mode, singles_only: bool, slots: u32) -> Want {
     match mode {
         Mode::Prefixes if !singles_only => Want::Prefixes(slots),
@@ -151,7 +165,7 @@ mod tests {
     use super::*;
 
     fn subnet(id: &str, singles_only: bool) -> SubnetRoom {
-        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only }
+        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only, most_slots: None }
     }
 
     fn means(mode: Mode, free: &[u32], new_enis: u32) -> Means {
@@ -160,6 +174,7 @@ mod tests {
             free_slots: *free_slots,
             resting: false,
             singles_only: false,
+            most_slots: None,
         };
         Means {
             mode,
@@ -210,6 +225,14 @@ mod tests {
         m.enis[0].resting = true;
         m.subnets.clear();
         assert_eq!(text(&plan(Wanted::Addresses(12), &m)), "eni-1:9 addresses unmet=3");
+    }
+
+    #[test]
+    fn a_short_subnet_is_asked_for_less_and_not_for_further_enis() {
+        let mut m = means(Mode::Addresses, &[9], 1);
+        m.enis[0].most_slots = Some(2);
+        assert_eq!(text(&plan(Wanted::Addresses(8), &m)), "eni-0:2 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:2 addresses unmet=0");
     }
 
     #[test]

@@ -120,7 +120,7 @@ impl Pool {
                     self.recovered(&Subject::EniPrefixes(eni.clone()));
                 }
                 if let Some(subnet) = self.ledger.enis.get(&eni).map(|record| record.subnet.clone()) {
-                    self.recovered(&Subject::Subnet(subnet));
+                    self.subnet_gave(&subnet);
                 }
                 self.gain(&eni, slots, now, out);
             }
@@ -148,7 +148,7 @@ impl Pool {
     }
 
     fn eni_created(&mut self, token: &str, view: &EniView, now: Time, out: &mut Out) {
-        self.recovered(&Subject::Subnet(view.subnet.clone()));
+        self.subnet_gave(&view.subnet);
         // Without the subnet's CIDR there is no gateway: the intent stays open and finds the ENI again.
         let Some(subnet_cidr) = self.subnet_cidr(view) else {
             self.subnets.outdated();
@@ -277,8 +277,11 @@ impl Pool {
                     self.start(Op::ReadBack(eni.clone()), CloudRequest::DescribeEni { eni }, now, out);
                 }
             }
-            Op::Assign { eni, .. } => {
+            Op::Assign { eni, want } => {
                 let subnet = self.ledger.enis.get(&eni).map(|record| record.subnet.clone());
+                if let (K::SubnetEmpty, Some(subnet)) = (kind, &subnet) {
+                    self.ask_less(subnet, want);
+                }
                 let subject = match (kind, subnet) {
                     (K::Throttled | K::Denied, _) => by_action,
                     (K::Fragmented, _) => Subject::EniPrefixes(eni.clone()),
@@ -300,6 +303,9 @@ impl Pool {
             }
             Op::Create { token } => {
                 let creation = self.ledger.creations.get(&token).cloned();
+                if let (K::SubnetEmpty, Some(creation)) = (kind, &creation) {
+                    self.ask_less(&creation.subnet, creation.want);
+                }
                 let subject = match (kind, &creation) {
                     (K::Fragmented, Some(c)) => Subject::SubnetPrefixes(c.subnet.clone()),
                     (K::SubnetEmpty, Some(c)) => Subject::Subnet(c.subnet.clone()),

@@ -26,6 +26,10 @@ impl Pool {
             return;
         }
         let creations: Vec<Creation> = self.ledger.creations.values().cloned().collect();
+        if !creations.is_empty() {
+            // Without the CIDR of its subnet a new ENI cannot be used.
+            self.subnets_awaited(now, out);
+        }
         for creation in creations {
             self.create(&node, creation, now, out);
         }
@@ -279,6 +283,7 @@ impl Pool {
                     || eni.progress == Progress::Created
                     || self.is_stuck(&eni.id, now),
                 singles_only: self.rests(&Subject::EniPrefixes(eni.id.clone())),
+                most_slots: self.most_slots.get(&eni.subnet).copied(),
             });
         }
         Some(Means {

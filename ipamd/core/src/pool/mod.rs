@@ -291,6 +291,8 @@ pub struct Pool {
     /// ENIs of the ledger whose owner has taken them out of our hands.
     unmanaged: BTreeSet<EniId>,
     subnets: subnets::Subnets,
+    /// Slots to ask of a subnet at once, where it refused more.
+    most_slots: BTreeMap<SubnetId, u32>,
     buckets: BTreeMap<&'static str, Bucket>,
     leaks: leaks::Leaks,
     /// When to look again for something to give back.
@@ -370,6 +372,7 @@ impl Pool {
             learned_slots: None,
             unmanaged: BTreeSet::new(),
             subnets: subnets::Subnets::default(),
+            most_slots: BTreeMap::new(),
             buckets: BTreeMap::new(),
             leaks: leaks::Leaks::default(),
             release_at: None,
@@ -507,6 +510,12 @@ impl Pool {
         if let Record::Released { allocation, .. } = &record {
             // A DEL unwires before it releases; should the route still be there, the next look at the kernel says so.
             self.kernel.pods.routes.remove(&allocation.address);
+        }
+        if let Record::GivenUp { eni, slots, .. } = &record
+            && let Some(live) = self.live.get_mut(eni)
+        {
+            // Should one come back, the kernel has to be told again before it serves.
+            live.told.retain(|slot| !slots.contains(slot));
         }
         self.ledger.apply(&record);
         self.version += 1;

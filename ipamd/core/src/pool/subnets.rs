@@ -6,7 +6,7 @@ use super::setback::Subject;
 use super::{Op, Out, Pool};
 use crate::ids::{SubnetId, Time};
 use crate::plan::SubnetRoom;
-use crate::ports::{CloudRequest, SubnetView};
+use crate::ports::{CloudRequest, SubnetView, Want};
 
 /// `0`: never for pods; any other value: for pods.
 const ROLE_TAG: &str = "kubernetes.io/role/cni";
@@ -64,9 +64,24 @@ impl Pool {
         let usable = usable.filter(|subnet| !self.rests(&Subject::Subnet(subnet.clone())));
         let room = |subnet: SubnetId| SubnetRoom {
             singles_only: self.rests(&Subject::SubnetPrefixes(subnet.clone())),
+            most_slots: self.most_slots.get(&subnet).copied(),
             subnet,
         };
         usable.map(room).collect()
+    }
+
+    /// A subnet that cannot give so much may still give some: the next ask is half as large, and comes soon.
+    pub(super) fn ask_less(&mut self, subnet: &SubnetId, refused: Want) {
+        if refused.slots() > 1 {
+            self.most_slots.insert(subnet.clone(), refused.slots() / 2);
+            self.recovered(&Subject::Subnet(subnet.clone()));
+        }
+    }
+
+    /// The subnet gave what was asked.
+    pub(super) fn subnet_gave(&mut self, subnet: &SubnetId) {
+        self.most_slots.remove(subnet);
+        self.recovered(&Subject::Subnet(subnet.clone()));
     }
 
     fn usable_subnets(&self) -> Vec<SubnetId> {
