@@ -235,6 +235,14 @@ mod tests {
     }
 
     #[test]
+    fn a_short_subnet_is_asked_for_less_and_not_for_further_enis() {
+        let mut m = means(Mode::Addresses, &[9], 1);
+        m.enis[0].at_most = AtMost { addresses: 2, prefixes: 1 };
+        assert_eq!(text(&plan(Wanted::Addresses(8), &m)), "eni-0:2 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:2 addresses unmet=0");
+    }
+
+    #[test]
     fn a_fragmented_subnet_gives_way_to_its_sibling_and_to_singles_last() {
         let mut m = means(Mode::Prefixes, &[0], 2);
         m.subnets = vec![subnet("subnet-1", true), subnet("subnet-2", false)];

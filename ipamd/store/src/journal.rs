@@ -1,8 +1,7 @@
-//! The journal: one record a line, `<crc32c of the rest, 8 hex digits> <json>`, appended and flushed.
+//! The journal: a file of records (`format` says how they are written), appended and flushed.
 //!
-//! An operator can read it with `less`. A line that is cut or fails its check at the very end is the trace of a crash and is
-//! dropped; the same with valid lines behind it is damage, and is refused. When the history has grown long beside what it
-//! says, the file is rewritten to the shortest journal of the same meaning.
+//! A torn tail is the trace of a crash and is dropped; damage in the middle is refused. When the history has grown long
+//! beside what it says, the file is rewritten to the shortest journal of the same meaning.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -10,9 +9,9 @@ use std::path::{Path, PathBuf};
 
 use flatwire_core::ledger::{LedgerState, Record};
 
+use crate::format::{self, Damage};
 use crate::{StoreError, flush_folder_of, io_error, replace, write_beside};
 
-const HEADER: &str = "flatwire-journal/1";
 /// Rewritten once it has this many lines more than its shortest form.
 pub const COMPACT_AFTER: usize = 2_000;
 
@@ -52,28 +51,33 @@ impl Journal {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(io_error("read", path)(e)),
         };
-        let parsed = parse(&bytes).map_err(|(line, why)| StoreError::Damaged { path: path.to_owned(), line, why })?;
-        if parsed.valid_len == 0 {
-            replace(path, line(HEADER).as_bytes())?;
-        }
+        let parsed = format::parse(&bytes).map_err(|Damage { line, why }| StoreError::Damaged {
+            path: path.to_owned(),
+            line,
+            why,
+        })?;
+        let valid_len = match parsed.valid_len {
+            0 => {
+                let head = format::header();
+                replace(path, head.as_bytes())?;
+                head.len()
+            }
+            len => len,
+        };
         let file = OpenOptions::new().append(true).open(path).map_err(io_error("open", path))?;
-        let valid_len = if parsed.valid_len == 0 { header_len() } else { parsed.valid_len };
+        let valid_len = to_u64(valid_len);
         let lines = parsed.records.len();
         let mut journal =
             Self { path: path.to_owned(), file, _lock: lock, unflushed: false, valid_len, lines, torn: true };
         journal.cut_torn_tail()?;
-        let dropped_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX).saturating_sub(parsed.valid_len);
+        let dropped_bytes = to_u64(bytes.len().saturating_sub(parsed.valid_len));
         Ok((journal, Opened { state: LedgerState::replay(&parsed.records), dropped_bytes }))
     }
 
     /// Appends and flushes. On an error nothing of it counts: the file is cut back before the next append.
     pub fn append(&mut self, records: &[Record]) -> Result<(), StoreError> {
         self.cut_torn_tail()?;
-        let mut text = String::new();
-        for record in records {
-            let json = serde_json::to_string(record).expect("invariant: records are plain data and always serialise");
-            text.push_str(&line(&json));
-        }
+        let text = format::encode(records);
         if self.unflushed {
             flush_folder_of(&self.path)?;
             self.unflushed = false;
@@ -85,7 +89,7 @@ impl Journal {
             return Err(error);
         }
         self.torn = false;
-        self.valid_len += u64::try_from(text.len()).unwrap_or(0);
+        self.valid_len += to_u64(text.len());
         self.lines += records.len();
         Ok(())
     }
@@ -107,15 +111,12 @@ impl Journal {
 
     pub fn compact(&mut self, state: &LedgerState) -> Result<(), StoreError> {
         let records = state.as_records();
-        let mut text = line(HEADER);
-        for record in &records {
-            text.push_str(&line(&serde_json::to_string(record).expect("invariant: records always serialise")));
-        }
+        let text = format::header() + &format::encode(&records);
         let (beside, file) = write_beside(&self.path, text.as_bytes())?;
         fs::rename(&beside, &self.path).map_err(io_error("rename into place", &self.path))?;
         // From here on this is the journal, whatever fails.
         self.file = file;
-        self.valid_len = u64::try_from(text.len()).unwrap_or(0);
+        self.valid_len = to_u64(text.len());
         self.lines = records.len();
         self.torn = false;
         self.unflushed = true;
@@ -146,64 +147,8 @@ fn lock(path: &Path) -> Result<File, StoreError> {
     }
 }
 
-fn line(text: &str) -> String {
-    format!("{:08x} {text}\n", crc32c::crc32c(text.as_bytes()))
-}
-
-fn header_len() -> u64 {
-    u64::try_from(line(HEADER).len()).unwrap_or(0)
-}
-
-struct Parsed {
-    records: Vec<Record>,
-    valid_len: u64,
-}
-
-/// Reads every line. The error is the 1-based number of a damaged line that has valid lines behind it, and why.
-fn parse(bytes: &[u8]) -> Result<Parsed, (usize, String)> {
-    let mut records = Vec::new();
-    let mut valid_len = 0usize;
-    let mut bad: Option<(usize, String)> = None;
-    let mut offset = 0usize;
-    for (number, raw) in bytes.split_inclusive(|b| *b == b'\n').enumerate() {
-        offset += raw.len();
-        match (check(raw), &bad) {
-            (Ok(_), Some((at, why))) => return Err((*at, why.clone())),
-            (Ok(text), None) => {
-                // Whole, and not understood: another version's record, and no trace of a crash.
-                records.extend(read(number, text).map_err(|why| (number + 1, why))?);
-                valid_len = offset;
-            }
-            (Err(why), None) => bad = Some((number + 1, why)),
-            (Err(_), Some(_)) => {}
-        }
-    }
-    // A whole first line that is no header is not a torn tail: it is another program's file.
-    if let (0, Some((1, why))) = (valid_len, &bad)
-        && bytes.contains(&b'\n')
-    {
-        return Err((1, why.clone()));
-    }
-    Ok(Parsed { records, valid_len: u64::try_from(valid_len).unwrap_or(0) })
-}
-
-fn check(raw: &[u8]) -> Result<&str, String> {
-    let text = raw.strip_suffix(b"\n").ok_or("the line has no end")?;
-    let text = std::str::from_utf8(text).map_err(|_| "the line is not text")?;
-    let (sum, rest) = text.split_at_checked(8).ok_or("the line is too short")?;
-    let rest = rest.strip_prefix(' ').ok_or("the line has no checksum")?;
-    let sum = u32::from_str_radix(sum, 16).map_err(|_| "the line has no checksum")?;
-    if sum != crc32c::crc32c(rest.as_bytes()) {
-        return Err("the checksum does not match".to_owned());
-    }
-    Ok(rest)
-}
-
-fn read(number: usize, text: &str) -> Result<Option<Record>, String> {
-    if number == 0 {
-        return if text == HEADER { Ok(None) } else { Err(format!("the first line is not {HEADER}")) };
-    }
-    serde_json::from_str(text).map(Some).map_err(|e| format!("not a record of this version: {e}"))
+fn to_u64(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -256,7 +201,7 @@ mod tests {
         j.append(&[allocation(1)]).unwrap();
         drop(j);
         let mut text = fs::read_to_string(&path).unwrap();
-        text.push_str(&line(r#"{"from_the_future":{}}"#));
+        text.push_str(&format::line(r#"{"from_the_future":{}}"#));
         fs::write(&path, &text).unwrap();
         assert!(matches!(Journal::open(&path), Err(StoreError::Damaged { line: 3, .. })));
         assert_eq!(fs::read_to_string(&path).unwrap(), text);

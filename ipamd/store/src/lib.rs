@@ -1,10 +1,12 @@
 //! The ledger on disk.
 //!
 //! `journal` is the truth: an append-only file, one checked line per record, each append flushed before anybody is told.
+//! `format` is what its lines look like, and nothing else.
 //! `checkpoint` keeps the add-on's own `ipam.json` beside it, so that a rollback to the add-on finds every pod.
 //! `releases` is the queue of DELs that found no daemon. What the records mean is `flatwire_core::ledger`'s business.
 
 pub mod checkpoint;
+pub mod format;
 pub mod journal;
 pub mod releases;
 

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flatwire_core::ids::{AttachmentId, DeviceIndex, EniId, InstanceId, SecurityGroupId, SubnetId, Time, VpcId};
+use flatwire_core::ports::{CloudRequest, Metadata};
 use ipnet::Ipv4Net;
 
 use crate::access::{Access, Caller, Credentials};
@@ -18,7 +19,8 @@ use crate::sigv4::SignedRequest;
 use crate::state::State;
 use crate::state::eni::{NewEni, Wanted};
 use crate::state::instance::{Interface, Launch};
-use crate::view::{Tags, View};
+use crate::typed::{Answered, PageAsked};
+use crate::view::{EniInfo, Tags, View};
 use crate::xml;
 
 /// The answer to one Query API request.
@@ -131,6 +133,31 @@ impl Ec2 {
         self.with(now, |world| world.query(now, caller, params))
     }
 
+    /// The same action without the wire: a request of the core's port, answered in its words. IMDS is not EC2: see
+    /// `metadata`.
+    pub fn call(&self, now: Time, caller: &Caller, request: &CloudRequest, page: &PageAsked<'_>) -> Answered {
+        self.with(now, |world| world.call(now, caller, request, page))
+    }
+
+    /// What the metadata service shows to an instance, as its readers put it together.
+    pub fn metadata(&self, now: Time, instance: &InstanceId) -> Result<Metadata, ApiError> {
+        self.with(now, |world| world.metadata(now, instance))
+    }
+
+    /// The ENIs as they are, without any lag, without a copy.
+    pub fn with_enis<T>(&self, now: Time, look: impl FnOnce(&BTreeMap<EniId, EniInfo>) -> T) -> T {
+        self.with(now, |world| look(world.state.enis()))
+    }
+
+    /// Addresses of a subnet that may be picked, and whether a /28 may be; `None` if there is no such subnet.
+    pub fn room(&self, now: Time, subnet: &SubnetId) -> Option<(u32, bool)> {
+        self.with(now, |world| {
+            let mut pool = world.state.subnets.get(subnet)?.pool.clone();
+            let addresses = pool.available();
+            Some((addresses, pool.pick_prefix(&mut crate::rng::Rng::new(0)).is_some()))
+        })
+    }
+
     /// Who signed the request; refused in EC2's words if nobody did, or wrongly, or too long ago.
     pub fn authenticate(&self, now: Time, request: &SignedRequest<'_>) -> Result<Caller, ApiError> {
         self.with(now, |world| {
@@ -222,6 +249,11 @@ impl Ec2 {
 
     pub fn set_delays(&self, delays: Delays) {
         self.lock().state.options.delays = delays;
+    }
+
+    /// How far `Describe*` is behind from now on. What changed before is seen as it is.
+    pub fn set_describe_lag(&self, ms: u64) {
+        self.lock().state.options.describe_lag_ms = ms;
     }
 
     pub fn set_throttle(&self, buckets: Option<Buckets>) {
@@ -407,17 +439,7 @@ impl World {
     fn query(&mut self, now: Time, caller: &Caller, params: &Params) -> Response {
         let request_id = self.state.rng.uuid();
         let action = params.action().to_owned();
-        let outcome = self.faults.decide(&action, &caller.access_key);
-        let result = match &outcome {
-            Outcome::Refuse(error) => Err(error.clone()),
-            _ => self.perform(now, caller, params),
-        };
-        let known = actions::find(&action).map_or("unknown", |action| action.name);
-        let count = self.calls.entry((caller.access_key.clone(), known.to_owned())).or_default();
-        match &result {
-            Ok(_) => count.ok += 1,
-            Err(_) => count.errors += 1,
-        }
+        let (outcome, result) = self.meet(&action, caller, |world| world.perform(now, caller, params));
         let mut response = match result {
             Ok(_) if outcome == Outcome::LoseReply => refusal(&ApiError::internal(), params, request_id),
             Ok(body) if is_sts(params) => Response::new(200, xml::sts_answer(&action, &request_id, body), request_id),
@@ -432,21 +454,54 @@ impl World {
         response
     }
 
-    fn perform(&mut self, now: Time, caller: &Caller, params: &Params) -> Result<xml::Xml, ApiError> {
-        let name = params
-            .get("Action")
-            .filter(|name| !name.is_empty())
-            .ok_or_else(|| ApiError::new("MissingAction", "The request must contain the parameter Action"))?;
+    /// Lets an injected fault meet the call, carries it out unless that refuses it, and counts it.
+    pub(crate) fn meet<T>(
+        &mut self,
+        action: &str,
+        caller: &Caller,
+        perform: impl FnOnce(&mut Self) -> Result<T, ApiError>,
+    ) -> (Outcome, Result<T, ApiError>) {
+        let outcome = self.faults.decide(action, &caller.access_key);
+        let result = match &outcome {
+            Outcome::Refuse(error) => Err(error.clone()),
+            _ => perform(self),
+        };
+        let known = actions::find(action).map_or("unknown", |action| action.name);
+        let count = self.calls.entry((caller.access_key.clone(), known.to_owned())).or_default();
+        match &result {
+            Ok(_) => count.ok += 1,
+            Err(_) => count.errors += 1,
+        }
+        (outcome, result)
+    }
+
+    /// The throttle, then the permission.
+    pub(crate) fn admit<'c>(
+        &mut self,
+        now: Time,
+        caller: &'c Caller,
+        name: &str,
+        unfiltered: bool,
+    ) -> Result<(&'static actions::Action, Call<'c>), ApiError> {
         let action = actions::find(name).ok_or_else(|| {
             ApiError::new("InvalidAction", format!("The action {name} is not valid for this web service."))
         })?;
-        let unfiltered = UNFILTERED.contains(&name)
-            && params.iter().all(|(key, _)| !key.starts_with("Filter.") && !key.contains("Id.") && key != "MaxResults");
         self.state.throttle.take(now, name, action.mutating, unfiltered)?;
         let call = Call { now, caller, action: action.name };
         if action.needs_permission {
             call.permit(action.name)?;
         }
+        Ok((action, call))
+    }
+
+    fn perform(&mut self, now: Time, caller: &Caller, params: &Params) -> Result<xml::Xml, ApiError> {
+        let name = params
+            .get("Action")
+            .filter(|name| !name.is_empty())
+            .ok_or_else(|| ApiError::new("MissingAction", "The request must contain the parameter Action"))?;
+        let unfiltered = UNFILTERED.contains(&name)
+            && params.iter().all(|(key, _)| !key.starts_with("Filter.") && !key.contains("Id.") && key != "MaxResults");
+        let (action, call) = self.admit(now, caller, name, unfiltered)?;
         let reader = Reader::new(params);
         (action.run)(&mut self.state, &call, &reader)
     }

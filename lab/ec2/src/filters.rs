@@ -110,6 +110,12 @@ impl Page {
         Ok(Self { size: size.and_then(|size| usize::try_from(size).ok()), after })
     }
 
+    /// A page of so many after the one whose token this is.
+    pub(crate) fn of(action: &str, size: Option<u32>, token: Option<&str>) -> Result<Self, ApiError> {
+        let after = token.map(|token| open_token(action, token)).transpose()?;
+        Ok(Self { size: size.and_then(|size| usize::try_from(size).ok()), after })
+    }
+
     /// For actions that page by themselves.
     pub(crate) fn or_size(self, size: u32) -> Self {
         Self { size: self.size.or(usize::try_from(size).ok()), after: self.after }

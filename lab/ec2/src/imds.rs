@@ -267,7 +267,12 @@ impl World {
 
     /// The instance's ENIs as IMDS knows them: as they were a while ago. What an instance is born with it sees from
     /// the start.
-    fn enis_in_imds(&self, now: Time, id: &InstanceId, launched: Time) -> Vec<(Arc<EniInfo>, DeviceIndex, u32)> {
+    pub(crate) fn enis_in_imds(
+        &self,
+        now: Time,
+        id: &InstanceId,
+        launched: Time,
+    ) -> Vec<(Arc<EniInfo>, DeviceIndex, u32)> {
         let moment = Time(now.0.saturating_sub(self.state.options.delays.imds_lag_ms));
         let here = self.state.enis().values().filter(|eni| eni.is_on(id)).map(|eni| &eni.id);
         let mut ids: Vec<_> = here.chain(self.state.history.ids()).collect();

@@ -18,6 +18,7 @@ mod rng;
 mod serve;
 mod sigv4;
 mod state;
+mod typed;
 mod view;
 mod xml;
 
@@ -27,9 +28,11 @@ pub use error::ApiError;
 pub use imds::{Imds, ImdsRequest, ImdsResponse};
 pub use options::{Bucket, Buckets, Delays, Fault, FaultRule, Faults, ImdsRule, Options, When};
 pub use params::Params;
+pub use rng::Rng;
 pub use serve::{drive, imds_router, router, wall_clock};
 pub use sigv4::{SignedRequest, sign};
 pub use state::pool::ReservationKind;
+pub use typed::{Answered, PageAsked};
 pub use view::{
     AttachmentInfo, AttachmentState, EniInfo, EniStatus, InstanceInfo, InstanceState, RuleInfo, RulePeer,
     SecurityGroupInfo, SubnetInfo, Tags, View, VpcView,

@@ -2,14 +2,15 @@
 
 /// Not for secrets: the lab's credentials are meant to be guessable by whoever knows the seed.
 #[derive(Debug, Clone)]
-pub(crate) struct Rng(u64);
+pub struct Rng(u64);
 
 impl Rng {
-    pub(crate) fn new(seed: u64) -> Self {
+    pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    pub(crate) fn next(&mut self) -> u64 {
+    #[expect(clippy::should_implement_trait, reason = "a generator never ends")]
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -18,13 +19,13 @@ impl Rng {
     }
 
     /// Uniform below `bound`; 0 if `bound` is 0.
-    pub(crate) fn below(&mut self, bound: u32) -> u32 {
+    pub fn below(&mut self, bound: u32) -> u32 {
         let wide = u128::from(self.next()) * u128::from(bound);
         u32::try_from(wide >> 64).expect("invariant: a product below bound * 2^64 is below bound after the shift")
     }
 
     /// True once in `of_million` out of a million draws.
-    pub(crate) fn chance(&mut self, of_million: u32) -> bool {
+    pub fn chance(&mut self, of_million: u32) -> bool {
         self.below(1_000_000) < of_million
     }
 

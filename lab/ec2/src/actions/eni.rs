@@ -221,7 +221,7 @@ pub(super) fn describe(state: &mut State, call: &Call<'_>, p: &Reader<'_>) -> Re
 }
 
 /// An ENI as a reader sees it: as it is, or as it was.
-enum Seen<'a> {
+pub(crate) enum Seen<'a> {
     Now(&'a EniInfo),
     Then(Arc<EniInfo>),
 }
@@ -238,7 +238,7 @@ impl Deref for Seen<'_> {
 }
 
 /// The ENIs that `Describe*` shows now, by id: as they were a while ago, gone ones perhaps still there.
-fn visible(state: &State, now: Time) -> Vec<Seen<'_>> {
+pub(crate) fn visible(state: &State, now: Time) -> Vec<Seen<'_>> {
     let moment = Time(now.0.saturating_sub(state.options.describe_lag_ms));
     let mut gone: Vec<&EniId> = state.history.ids().filter(|id| !state.enis().contains_key(id)).collect();
     gone.sort();

@@ -10,6 +10,8 @@ mod region;
 mod tags;
 mod vpc;
 
+pub(crate) use eni::visible;
+
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::net::Ipv4Addr;

@@ -1,0 +1,53 @@
+//! What decides on a node: the pool, or something worse to compare it with.
+
+use flatwire_core::ids::Time;
+use flatwire_core::ledger::{LedgerState, Record};
+use flatwire_core::pool::{Command, Event, Pool};
+use flatwire_core::settings::Settings;
+use flatwire_core::target::Target;
+
+/// A daemon's brain, without the daemon: facts in, wishes out. The contract is that of `flatwire_core::pool::Pool`.
+pub trait Policy {
+    /// Starts over what the ledger says.
+    fn start(settings: &Settings, ledger: LedgerState, seed: u64, now: Time) -> Self;
+    fn step(&mut self, event: Event, now: Time) -> Vec<Command>;
+    /// When it wants a `Tick` at the latest.
+    fn deadline(&self) -> Option<Time>;
+    /// These records could not be written.
+    fn persist_failed(&mut self, records: Vec<Record>);
+    fn ledger(&self) -> &LedgerState;
+    /// Addresses it could hand out this moment without cutting a cool-down short.
+    fn free_now(&self, now: Time) -> u32;
+    /// What it still wants of the cloud; `None` if the pool is as it should be, or nothing is known yet.
+    fn target(&self, now: Time) -> Option<Target>;
+}
+
+impl Policy for Pool {
+    fn start(settings: &Settings, ledger: LedgerState, seed: u64, now: Time) -> Self {
+        Pool::new(settings.clone(), ledger, seed, now)
+    }
+
+    fn step(&mut self, event: Event, now: Time) -> Vec<Command> {
+        Pool::step(self, event, now)
+    }
+
+    fn deadline(&self) -> Option<Time> {
+        self.poll_deadline().map(|(at, _)| at)
+    }
+
+    fn persist_failed(&mut self, records: Vec<Record>) {
+        Pool::persist_failed(self, records);
+    }
+
+    fn ledger(&self) -> &LedgerState {
+        Pool::ledger(self)
+    }
+
+    fn free_now(&self, now: Time) -> u32 {
+        Pool::free_now(self, now)
+    }
+
+    fn target(&self, now: Time) -> Option<Target> {
+        self.status(now).target
+    }
+}
