@@ -15,6 +15,25 @@ pub struct EniRoom {
     pub resting: bool,
     /// EC2 had no free /28 for it a moment ago: take single addresses.
     pub singles_only: bool,
+    pub at_most: AtMost,
+}
+
+/// How much one call may ask for in a subnet: less than wanted, once the subnet could not give as much as was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AtMost {
+    pub addresses: u32,
+    pub prefixes: u32,
+}
+
+impl AtMost {
+    pub const ANY: Self = Self { addresses: u32::MAX, prefixes: u32::MAX };
+
+    fn of(self, mode: Mode, singles_only: bool) -> u32 {
+        match mode {
+            Mode::Prefixes if !singles_only => self.prefixes,
+            _ => self.addresses,
+        }
+    }
 }
 
 /// What the plan may use.
@@ -37,6 +56,7 @@ pub struct SubnetRoom {
     pub subnet: SubnetId,
     /// EC2 had no free /28 in it a moment ago: take single addresses.
     pub singles_only: bool,
+    pub at_most: AtMost,
 }
 
 impl Means {
@@ -77,14 +97,16 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
         if missing == 0 {
             break;
         }
-        if let Some((want, brings)) = take(missing, mode, room.singles_only, room.free_slots) {
+        let slots = room.free_slots.min(room.at_most.of(mode, room.singles_only));
+        if let Some((want, brings)) = take(missing, mode, room.singles_only, slots) {
             plan.steps.push(Step::Assign { eni: room.eni.clone(), want });
             missing = missing.saturating_sub(brings);
         }
     }
     for _ in 0..means.new_enis {
         let Some(room) = means.new_eni(mode).filter(|_| missing > 0) else { break };
-        let Some((want, brings)) = take(missing, mode, room.singles_only, means.slots_per_eni) else { break };
+        let slots = means.slots_per_eni.min(room.at_most.of(mode, room.singles_only));
+        let Some((want, brings)) = take(missing, mode, room.singles_only, slots) else { break };
         plan.steps.push(Step::Create { subnet: room.subnet.clone(), want });
         missing = missing.saturating_sub(brings);
     }
@@ -95,16 +117,18 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
 /// Fills one ENI that has room, or takes `count` new ones, full.
 fn fill(count: u32, means: &Means) -> Plan {
     let full = |slots: u32, singles: bool| if singles { slots } else { slots * per_slot(means.mode) };
-    if let Some(room) = means.enis.iter().find(|room| !room.resting && room.free_slots > 0) {
-        let want = want_of(means.mode, room.singles_only, room.free_slots);
+    let slots = |room: &EniRoom| room.free_slots.min(room.at_most.of(means.mode, room.singles_only));
+    if let Some(room) = means.enis.iter().find(|room| !room.resting && slots(room) > 0) {
+        let want = want_of(means.mode, room.singles_only, slots(room));
         return Plan { steps: vec![Step::Assign { eni: room.eni.clone(), want }], unmet: 0 };
     }
     let Some(room) = means.new_eni(means.mode) else {
         return Plan { steps: Vec::new(), unmet: count * full(means.slots_per_eni, false) };
     };
-    // An ENI that can hold nothing but its own address brings nothing.
-    let new_enis = if means.slots_per_eni == 0 { 0 } else { means.new_enis.min(count) };
-    let want = want_of(means.mode, room.singles_only, means.slots_per_eni);
+    let slots = means.slots_per_eni.min(room.at_most.of(means.mode, room.singles_only));
+    // An ENI that brings nothing but its own address is not made.
+    let new_enis = if slots == 0 { 0 } else { means.new_enis.min(count) };
+    let want = want_of(means.mode, room.singles_only, slots);
     let steps = (0..new_enis).map(|_| Step::Create { subnet: room.subnet.clone(), want }).collect();
     Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, room.singles_only) }
 }
@@ -152,7 +176,7 @@ mod tests {
     use super::*;
 
     fn subnet(id: &str, singles_only: bool) -> SubnetRoom {
-        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only }
+        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only, at_most: AtMost::ANY }
     }
 
     fn means(mode: Mode, free: &[u32], new_enis: u32) -> Means {
@@ -161,6 +185,7 @@ mod tests {
             free_slots: *free_slots,
             resting: false,
             singles_only: false,
+            at_most: AtMost::ANY,
         };
         Means {
             mode,
@@ -220,6 +245,15 @@ mod tests {
         assert_eq!(text(&plan(Wanted::Prefixes(2), &m)), "new-2:2 prefixes unmet=0");
         m.subnets.pop();
         assert_eq!(text(&plan(Wanted::Prefixes(1), &m)), "new-1:9 addresses | new-1:7 addresses unmet=0");
+    }
+
+    #[test]
+    fn a_subnet_that_could_not_give_as_much_is_asked_for_less() {
+        let mut m = means(Mode::Addresses, &[9], 1);
+        m.enis[0].at_most = AtMost { addresses: 4, prefixes: 1 };
+        assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:4 addresses unmet=0");
+        m.mode = Mode::Prefixes;
+        assert_eq!(text(&plan(Wanted::Prefixes(3), &m)), "eni-0:1 prefix | new-1:2 prefixes unmet=0");
     }
 
     #[test]

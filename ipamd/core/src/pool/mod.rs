@@ -219,6 +219,8 @@ struct Live {
     gained: BTreeMap<IpNet, Time>,
     /// Nothing is given back on the word of a reading of the kernel that began before this.
     fenced_at: Option<Time>,
+    /// The outcome of a change is not known: to be read before anything else is done to it.
+    read_due: bool,
     /// EC2 may have given it back already: only its word lifts the fence.
     fence_uncertain: bool,
     /// When we last learnt something of it from an answer of EC2: an older reading says nothing against that.
@@ -235,6 +237,7 @@ impl Live {
             doubted: BTreeSet::new(),
             gained: BTreeMap::new(),
             fenced_at: None,
+            read_due: false,
             fence_uncertain: false,
             changed_at: now,
         }
@@ -457,7 +460,7 @@ impl Pool {
         let release = self.release_at.map(|at| (at, "what is idle may be given back"));
         let collecting = self.under_way(|op| matches!(op, Op::Leaks | Op::Mark(_) | Op::Collect(_)));
         let reading = setback::Subject::Action("DescribeNetworkInterfaces".to_owned());
-        let leaks = self.leaks.next_at().filter(|_| !collecting && !self.rests(&reading));
+        let leaks = self.leaks.next_at().filter(|_| !collecting && self.waiting.is_empty() && !self.rests(&reading));
         let leaks = leaks.map(|at| (at, "leaked ENIs are looked for"));
         let audit =
             self.audits.iter().map(|(_, at)| (at.plus_ms(AUDIT_PATIENCE_MS), "an audit has waited enough")).min();

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use flatwire_core::ids::{DeviceIndex, EniId, SubnetId, Time};
 use flatwire_core::pick::{Candidate, Occupancy, addresses, pick};
-use flatwire_core::plan::{EniRoom, Means, Step, SubnetRoom, plan};
+use flatwire_core::plan::{AtMost, EniRoom, Means, Step, SubnetRoom, plan};
 use flatwire_core::ports::Want;
 use flatwire_core::target::{Counts, Frame, Mode, PREFIX_SIZE, Policy, Wanted, WarmTargets, target};
 use proptest::prelude::*;
@@ -50,21 +50,32 @@ fn frame() -> impl Strategy<Value = Frame> {
     })
 }
 
+fn at_most() -> impl Strategy<Value = AtMost> {
+    let some = (0u32..12, 0u32..4).prop_map(|(addresses, prefixes)| AtMost { addresses, prefixes });
+    prop_oneof![3 => Just(AtMost::ANY), 1 => some]
+}
+
 fn means() -> impl Strategy<Value = Means> {
-    let room = (0u32..20, prop::bool::weighted(0.2), prop::bool::weighted(0.3));
+    let room = (0u32..20, prop::bool::weighted(0.2), prop::bool::weighted(0.3), at_most());
     let rooms = prop::collection::vec(room, 0..5);
-    let subnets = prop::collection::vec(any::<bool>(), 0..3);
+    let subnets = prop::collection::vec((any::<bool>(), at_most()), 0..3);
     (mode(), rooms, 0u32..5, 0u32..30, subnets).prop_map(|(mode, rooms, new_enis, slots_per_eni, subnets)| Means {
         mode,
         enis: (0..)
             .zip(rooms)
-            .map(|(n, (free_slots, resting, singles_only))| EniRoom { eni: eni(n), free_slots, resting, singles_only })
+            .map(|(n, (free_slots, resting, singles_only, at_most))| {
+                let eni = eni(n);
+                EniRoom { eni, free_slots, resting, singles_only, at_most }
+            })
             .collect(),
         new_enis,
         slots_per_eni,
         subnets: (0..)
             .zip(subnets)
-            .map(|(n, singles_only)| SubnetRoom { subnet: SubnetId::new(format!("subnet-{n}")).unwrap(), singles_only })
+            .map(|(n, (singles_only, at_most))| {
+                let subnet = SubnetId::new(format!("subnet-{n}")).unwrap();
+                SubnetRoom { subnet, singles_only, at_most }
+            })
             .collect(),
     })
 }

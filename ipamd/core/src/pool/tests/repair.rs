@@ -147,12 +147,24 @@ fn an_empty_subnet_gives_way_to_its_sibling() {
     let mut w = World::new("m5.large", &[], &[]);
     w.subnets = vec![subnet("subnet-a", 100, &[]), subnet("subnet-b", 50, &[("kubernetes.io/role/cni", "1")])];
     let empty = ("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet");
-    w.faults.push(empty);
+    w.faults.extend((0..4).map(|_| empty));
     w.step(Event::Tick);
     let request = w.add(1);
     w.run(5_000);
     let allocation = w.added(request);
     assert_eq!(w.enis[&allocation.eni].subnet.as_str(), "subnet-b");
+}
+
+#[test]
+fn a_subnet_with_less_than_was_asked_for_gives_what_it_has() {
+    let mut w = World::new("m5.4xlarge", &[("WARM_ENI_TARGET", "1")], &[]);
+    let empty = ("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet");
+    w.faults.extend((0..3).map(|_| empty));
+    w.step(Event::Tick);
+    let request = w.add(1);
+    w.run(5_000);
+    w.added(request);
+    assert!(w.notes.iter().any(|note| matches!(note, Note::AskedTooMuch { .. })));
 }
 
 #[test]
