@@ -1,7 +1,7 @@
 //! What the planner should say, found the slow way: one address and one slot at a time.
 
 use flatwire_core::ids::{EniId, SubnetId};
-use flatwire_core::plan::{AtMost, EniRoom, Means};
+use flatwire_core::plan::{AtMost, Means};
 use flatwire_core::target::{BATCH, Counts, Frame, HEADROOM, Mode, PREFIX_SIZE, Policy, Wanted, WarmTargets};
 
 /// What is free to be given, waiting ADDs served first.
@@ -108,42 +108,40 @@ pub fn plan(wanted: Wanted, means: &Means) -> (Vec<(Place, bool, u32)>, i64) {
         Wanted::Enough => (0, false),
         Wanted::Addresses(n) => (i64::from(n), false),
         Wanted::Prefixes(n) => (i64::from(n) * 16, true),
-        Wanted::Enis(_) => (0, means.mode == Mode::Prefixes),
+        Wanted::Enis(_) => (i64::MAX, means.mode == Mode::Prefixes),
     };
     let brings = |singles: bool| if prefixes && !singles { 16 } else { 1 };
     let most = |most: AtMost, singles: bool| if brings(singles) > 1 { most.prefixes } else { most.addresses };
     let here = means.enis.iter().filter(|room| !room.resting);
-    let slots = |room: &EniRoom| room.free_slots.min(most(room.at_most, room.singles_only));
-    let mut places: Vec<_> = here.map(|room| (Ok(room.eni.clone()), room.singles_only, slots(room))).collect();
+    let here = here.map(|room| (Ok(room.eni.clone()), room.singles_only, room.free_slots, room.at_most));
+    let mut places: Vec<(Place, bool, u32, AtMost)> = here.collect();
     // All new ENIs are made in the first subnet, or the first that gives prefixes where they are wanted.
     let best = means.subnets.iter().min_by_key(|room| prefixes && room.singles_only);
     if let Some(room) = best {
-        let slots = means.slots_per_eni.min(most(room.at_most, room.singles_only));
-        places.extend((0..means.new_enis).map(|n| (Err((n, room.subnet.clone())), room.singles_only, slots)));
+        let new = |n| (Err((n, room.subnet.clone())), room.singles_only, means.slots_per_eni, room.at_most);
+        places.extend((0..means.new_enis).map(new));
     }
-    places.retain(|(_, _, slots)| *slots > 0);
+    places.retain(|(_, _, slots, _)| *slots > 0);
+    let mut unmade = 0;
     if let Wanted::Enis(count) = wanted {
         // The first ENI with room, to the brim; else so many new ones, each to the brim.
-        let here = places.first().is_some_and(|(place, _, _)| place.is_ok());
+        let here = places.first().is_some_and(|(place, _, _, _)| place.is_ok());
         places.truncate(if here { 1 } else { usize::try_from(count).unwrap() });
-        let unmade = if here { 0 } else { i64::from(count) - i64::try_from(places.len()).unwrap() };
         let full = i64::from(means.slots_per_eni) * brings(best.is_some_and(|room| room.singles_only));
-        return (
-            places.into_iter().map(|(place, singles, n)| (place, brings(singles) > 1, n)).collect(),
-            unmade * full,
-        );
+        unmade = if here { 0 } else { (i64::from(count) - i64::try_from(places.len()).unwrap()) * full };
     }
-    let mut taken: Vec<(Place, bool, u32)> = Vec::new();
-    for (place, singles, slots) in places {
+    let mut taken = Vec::new();
+    for (place, singles, slots, at_most) in places {
+        let mut asked = 0;
         for _ in 0..slots {
             if missing > 0 {
                 missing -= brings(singles);
-                match taken.last_mut() {
-                    Some((at, _, slots)) if *at == place => *slots += 1,
-                    _ => taken.push((place.clone(), brings(singles) > 1, 1)),
-                }
+                asked += 1;
             }
         }
+        // What is not asked for at once comes from there later, and from nowhere else.
+        let asked = most(at_most, singles).min(asked);
+        taken.extend((asked > 0).then_some((place, brings(singles) > 1, asked)));
     }
-    (taken, missing.max(0))
+    (taken, if matches!(wanted, Wanted::Enis(_)) { unmade } else { missing.max(0) })
 }
