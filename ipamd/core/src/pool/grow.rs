@@ -276,6 +276,7 @@ impl Pool {
                 free_slots,
                 resting: busy
                     || refused
+                    || self.is_being_sounded(&eni.subnet)
                     || assign_rests
                     || eni.progress == Progress::Created
                     || self.is_stuck(&eni.id, now),
