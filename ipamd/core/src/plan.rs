@@ -123,7 +123,8 @@ fn fill(count: u32, means: &Means) -> Plan {
     let Some(room) = means.new_eni(means.mode) else {
         return Plan { steps: Vec::new(), unmet: count * full(means.slots_per_eni, false) };
     };
-    let new_enis = means.new_enis.min(count);
+    // An ENI that holds nothing but its own address brings nothing.
+    let new_enis = if means.slots_per_eni == 0 { 0 } else { means.new_enis.min(count) };
     let want = room.at_most.of(want_of(means.mode, room.singles_only, means.slots_per_eni));
     let steps = (0..new_enis).map(|_| Step::Create { subnet: room.subnet.clone(), want }).collect();
     Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, room.singles_only) }
