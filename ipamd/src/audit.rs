@@ -54,7 +54,9 @@ fn render(report: &AuditReport) -> String {
         .collect();
     let compared = match unread.is_empty() {
         true => "EC2, ledger and kernel were read now".to_owned(),
-        false => format!("{} could not be read now (`ipamd status` says why)", unread.join(" and ")),
+        false => {
+            format!("{} could not be read now (`ipamd status` shows the level and what rests)", unread.join(" and "))
+        }
     };
     out += &match (rows.len(), unread.is_empty()) {
         (0, true) => format!("audit: clean; {compared}\n"),

@@ -443,7 +443,6 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
             scheduled_pods = state.scheduled_pods,
             "said of this node"
         );
-        self.driver.metrics.node_state(&state);
         self.node_state = state.clone();
         vec![Event::NodeState(state)]
     }

@@ -34,12 +34,12 @@ pub fn level(args: &LevelArgs) -> anyhow::Result<ExitCode> {
     let said = node_state::read(&args.node_state)?;
     let before = node_state::level_name(said.level);
     let Some(level) = args.level else {
-        println!("level {before}: {}", meaning(said.level));
+        println!("level {before}: {}", node_state::meaning(said.level));
         return Ok(ExitCode::SUCCESS);
     };
     let name = node_state::level_name(level);
     if level == said.level {
-        println!("level {name} already: {}", meaning(level));
+        println!("level {name} already: {}", node_state::meaning(level));
         return Ok(ExitCode::SUCCESS);
     }
     let mut text = serde_json::to_string_pretty(&NodeState { level, ..said })?;
@@ -48,15 +48,7 @@ pub fn level(args: &LevelArgs) -> anyhow::Result<ExitCode> {
         std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     }
     flatwire_store::replace(&args.node_state, text.as_bytes())?;
-    println!("level {name} (was {before}): {}", meaning(level));
+    println!("level {name} (was {before}): {}", node_state::meaning(level));
     println!("written to {path}; a running daemon follows within 2 s, one that starts later from its start");
     Ok(ExitCode::SUCCESS)
-}
-
-fn meaning(level: Level) -> &'static str {
-    match level {
-        Level::Normal => "addresses and ENIs are taken and given back as the pool needs them",
-        Level::NoRelease => "nothing is given back to EC2: no unassign, no detach, no delete",
-        Level::NoCloud => "EC2 is not called at all; pods are served from what the node has",
-    }
 }

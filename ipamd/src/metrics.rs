@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use flatwire_cloud::CallObserver;
 use flatwire_core::audit::AuditReport;
-use flatwire_core::pool::{Level, NodeState, PoolStatus};
+use flatwire_core::pool::{Level, PoolStatus};
 use flatwire_core::ports::CloudError;
 use ipnet::IpNet;
 use prometheus::{
@@ -121,15 +121,6 @@ impl Metrics {
         self.errors.with_label_values(&[place]).inc();
     }
 
-    /// What is said of this node from outside.
-    pub fn node_state(&self, state: &NodeState) {
-        self.level.set(match state.level {
-            Level::Normal => 0,
-            Level::NoRelease => 1,
-            Level::NoCloud => 2,
-        });
-    }
-
     /// `event` is one of the few that the pool names.
     pub fn eni_event(&self, event: &'static str) {
         self.eni_events.with_label_values(&[label(event).as_str()]).inc();
@@ -176,6 +167,11 @@ impl Metrics {
             gauge.set(i64::from(value));
         }
         self.enis.set(i64::try_from(status.enis.len()).unwrap_or(i64::MAX));
+        self.level.set(match status.node_state.level {
+            Level::Normal => 0,
+            Level::NoRelease => 1,
+            Level::NoCloud => 2,
+        });
         self.reason.reset();
         if let Some(failure) = &status.failure {
             self.reason.with_label_values(&[failure.reason.to_string().as_str()]).set(1);

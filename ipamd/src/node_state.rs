@@ -87,6 +87,14 @@ pub fn level_name(level: Level) -> &'static str {
     }
 }
 
+pub fn meaning(level: Level) -> &'static str {
+    match level {
+        Level::Normal => "addresses and ENIs are taken and given back as the pool needs them",
+        Level::NoRelease => "nothing is given back to EC2: no unassign, no detach, no delete",
+        Level::NoCloud => "EC2 is not called at all; pods are served from what the node has",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

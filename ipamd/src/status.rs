@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use flatwire_core::pool::PoolStatus;
+use flatwire_core::pool::{Level, PoolStatus};
 
 use crate::ask::{AT_ONCE, Daemon};
+use crate::node_state;
 use crate::table::table;
 
 #[derive(Args, Debug)]
@@ -46,6 +47,14 @@ fn render(status: &PoolStatus) -> String {
         "pool   {} held, {} in use, {} free, {} cooling, {} waiting; {} prefixes\n",
         counts.total, counts.assigned, status.free, counts.cooling, counts.waiting, counts.prefixes
     );
+    if status.node_state.level != Level::Normal {
+        let level = node_state::level_name(status.node_state.level);
+        out += &format!("level  {level}: {}\n", node_state::meaning(status.node_state.level));
+    }
+    if status.node_state.unschedulable || status.terminating {
+        let what = if status.terminating { "EC2 has announced the end of this instance" } else { "unschedulable" };
+        out += &format!("drain  {what}\n");
+    }
     if let Some(target) = &status.target {
         out += &format!("target {}  ({})\n", target.wanted, target.why);
     }

@@ -41,6 +41,8 @@ pub fn recipe(effect: Effect) -> Recipe {
             before: |scene| scene.choose_who_loses(),
             provoke: |scene| scene.lose_an_address_in_ec2(),
             after: |scene| scene.it_is_there_again(),
+            // A second reading must agree.
+            hurry: 30,
             ..PLAIN
         },
         // A minute of idleness for addresses, five for an ENI.
@@ -52,6 +54,7 @@ pub fn recipe(effect: Effect) -> Recipe {
             before: |scene| scene.burst_and_wait(MORE_THAN_ONE_ENI),
             away: |scene| scene.add_a_group_to_the_primary(),
             after: |scene| scene.every_eni_has_the_groups(),
+            hurry: 30,
             ..PLAIN
         },
         // Looked for within an hour and ten minutes of the start.
