@@ -170,8 +170,7 @@ impl LedgerState {
             }
             Record::EniGone { eni, at } => {
                 let held = self.slots.remove(eni).unwrap_or_default();
-                self.freed.retain(|address, _| !held.iter().any(|slot| slot.contains(address)));
-                self.given_up.extend(held.into_iter().map(|slot| (slot, *at)));
+                self.gave_up(held.iter(), *at);
                 self.enis.remove(eni);
                 self.releasing.remove(eni);
                 self.unseen.remove(eni);
@@ -196,8 +195,7 @@ impl LedgerState {
                     unseen.retain(|slot, _| !slots.contains(slot));
                 }
                 self.unseen.retain(|_, slots| !slots.is_empty());
-                self.freed.retain(|address, _| !slots.iter().any(|slot| slot.contains(address)));
-                self.given_up.extend(slots.iter().map(|slot| (*slot, *at)));
+                self.gave_up(slots.iter(), *at);
             }
             Record::Unseen { eni, slots, at } => {
                 let before = self.unseen.remove(eni).unwrap_or_default();
@@ -225,6 +223,17 @@ impl LedgerState {
             }
             Record::CreationEnded { token } => {
                 self.creations.remove(token);
+            }
+        }
+    }
+
+    /// These are no longer an ENI's. EC2 may have given one to another ENI of ours before we heard that the first had let go:
+    /// then it is held.
+    fn gave_up<'s>(&mut self, slots: impl Iterator<Item = &'s IpNet>, at: Time) {
+        for slot in slots {
+            if !self.slots.values().any(|held| held.contains(slot)) {
+                self.freed.retain(|address, _| !slot.contains(address));
+                self.given_up.insert(*slot, at);
             }
         }
     }
@@ -303,6 +312,48 @@ fn drop_from(slots: &mut BTreeMap<EniId, BTreeSet<IpNet>>, eni: &EniId, which: i
         held.retain(|slot| !which(slot));
         if held.is_empty() {
             slots.remove(eni);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn eni(id: &str, device: u32) -> Record {
+        Record::Eni(EniRecord {
+            id: EniId::new(id).unwrap(),
+            mac: MacAddress([2, 0, 0, 0, 0, 1]),
+            device: DeviceIndex(device),
+            card: 0,
+            subnet: SubnetId::new("subnet-a").unwrap(),
+            subnet_cidr: "10.0.0.0/24".parse().unwrap(),
+            primary_ipv4: Ipv4Addr::new(10, 0, 0, 10),
+            attachment: None,
+            progress: Progress::Settled,
+            created: true,
+            security_groups: Vec::new(),
+            leaving: None,
+        })
+    }
+
+    /// EC2 takes a slot from one ENI and gives it to another of ours, and the second answer comes first.
+    #[test]
+    fn a_slot_that_moved_between_our_enis_survives_a_snapshot() {
+        let (a, b) = (EniId::new("eni-a").unwrap(), EniId::new("eni-b").unwrap());
+        let slots = BTreeSet::from(["10.0.0.15/32".parse().unwrap()]);
+        for (from, to) in [(&a, &b), (&b, &a)] {
+            let records = [
+                eni("eni-a", 1),
+                eni("eni-b", 2),
+                Record::Held { eni: from.clone(), slots: slots.clone() },
+                Record::Releasing { eni: from.clone(), slots: slots.clone() },
+                Record::Held { eni: to.clone(), slots: slots.clone() },
+                Record::GivenUp { eni: from.clone(), slots: slots.clone(), at: Time(9) },
+            ];
+            let state = LedgerState::replay(&records);
+            assert_eq!(state.slots, BTreeMap::from([(to.clone(), slots.clone())]));
+            assert_eq!(LedgerState::replay(&state.as_records()), state);
         }
     }
 }

@@ -28,10 +28,11 @@ pub struct AtMost {
 impl AtMost {
     pub const ANY: Self = Self { addresses: u32::MAX, prefixes: u32::MAX };
 
-    fn of(self, mode: Mode, singles_only: bool) -> u32 {
-        match mode {
-            Mode::Prefixes if !singles_only => self.prefixes,
-            _ => self.addresses,
+    /// What is not asked for now comes from the same place later: a further ENI would only cost a short subnet one more.
+    fn of(self, want: Want) -> Want {
+        match want {
+            Want::Addresses(n) => Want::Addresses(n.min(self.addresses)),
+            Want::Prefixes(n) => Want::Prefixes(n.min(self.prefixes)),
         }
     }
 }
@@ -97,17 +98,15 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
         if missing == 0 {
             break;
         }
-        let slots = room.free_slots.min(room.at_most.of(mode, room.singles_only));
-        if let Some((want, brings)) = take(missing, mode, room.singles_only, slots) {
-            plan.steps.push(Step::Assign { eni: room.eni.clone(), want });
+        if let Some((want, brings)) = take(missing, mode, room.singles_only, room.free_slots) {
+            plan.steps.push(Step::Assign { eni: room.eni.clone(), want: room.at_most.of(want) });
             missing = missing.saturating_sub(brings);
         }
     }
     for _ in 0..means.new_enis {
         let Some(room) = means.new_eni(mode).filter(|_| missing > 0) else { break };
-        let slots = means.slots_per_eni.min(room.at_most.of(mode, room.singles_only));
-        let Some((want, brings)) = take(missing, mode, room.singles_only, slots) else { break };
-        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want });
+        let Some((want, brings)) = take(missing, mode, room.singles_only, means.slots_per_eni) else { break };
+        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want: room.at_most.of(want) });
         missing = missing.saturating_sub(brings);
     }
     plan.unmet = missing;
@@ -118,17 +117,15 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
 fn fill(count: u32, means: &Means) -> Plan {
     let full = |slots: u32, singles: bool| if singles { slots } else { slots * per_slot(means.mode) };
     if let Some(room) = means.enis.iter().find(|room| !room.resting && room.free_slots > 0) {
-        let slots = room.free_slots.min(room.at_most.of(means.mode, room.singles_only));
-        let want = want_of(means.mode, room.singles_only, slots);
+        let want = room.at_most.of(want_of(means.mode, room.singles_only, room.free_slots));
         return Plan { steps: vec![Step::Assign { eni: room.eni.clone(), want }], unmet: 0 };
     }
     let Some(room) = means.new_eni(means.mode) else {
         return Plan { steps: Vec::new(), unmet: count * full(means.slots_per_eni, false) };
     };
-    let slots = means.slots_per_eni.min(room.at_most.of(means.mode, room.singles_only));
-    // An ENI that can hold nothing but its own address brings nothing.
-    let new_enis = if slots == 0 { 0 } else { means.new_enis.min(count) };
-    let want = want_of(means.mode, room.singles_only, slots);
+    // An ENI that holds nothing but its own address brings nothing.
+    let new_enis = if means.slots_per_eni == 0 { 0 } else { means.new_enis.min(count) };
+    let want = room.at_most.of(want_of(means.mode, room.singles_only, means.slots_per_eni));
     let steps = (0..new_enis).map(|_| Step::Create { subnet: room.subnet.clone(), want }).collect();
     Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, room.singles_only) }
 }
@@ -239,6 +236,14 @@ mod tests {
     }
 
     #[test]
+    fn a_short_subnet_is_asked_for_less_and_not_for_further_enis() {
+        let mut m = means(Mode::Addresses, &[9], 1);
+        m.enis[0].at_most = AtMost { addresses: 2, prefixes: 1 };
+        assert_eq!(text(&plan(Wanted::Addresses(8), &m)), "eni-0:2 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:2 addresses unmet=0");
+    }
+
+    #[test]
     fn a_fragmented_subnet_gives_way_to_its_sibling_and_to_singles_last() {
         let mut m = means(Mode::Prefixes, &[0], 2);
         m.subnets = vec![subnet("subnet-1", true), subnet("subnet-2", false)];
@@ -253,7 +258,7 @@ mod tests {
         m.enis[0].at_most = AtMost { addresses: 4, prefixes: 1 };
         assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:4 addresses unmet=0");
         m.mode = Mode::Prefixes;
-        assert_eq!(text(&plan(Wanted::Prefixes(3), &m)), "eni-0:1 prefix | new-1:2 prefixes unmet=0");
+        assert_eq!(text(&plan(Wanted::Prefixes(3), &m)), "eni-0:1 prefix unmet=0");
     }
 
     #[test]

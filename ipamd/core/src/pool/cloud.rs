@@ -159,6 +159,9 @@ impl Pool {
     }
 
     fn eni_created(&mut self, token: &str, view: &EniView, now: Time, out: &mut Out) {
+        if let Some(want) = self.ledger.creations.get(token).map(|creation| creation.want) {
+            self.subnets.gave(&view.subnet, want);
+        }
         self.recovered(&Subject::Subnet(view.subnet.clone()));
         // Without the subnet's CIDR there is no gateway: the intent stays open and finds the ENI again.
         let Some(subnet_cidr) = self.subnet_cidr(view) else {

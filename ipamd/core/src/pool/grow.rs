@@ -26,6 +26,10 @@ impl Pool {
             return;
         }
         let creations: Vec<Creation> = self.ledger.creations.values().cloned().collect();
+        if !creations.is_empty() {
+            // Without the CIDR of its subnet a new ENI cannot be used.
+            self.subnets_awaited(now, out);
+        }
         for creation in creations {
             self.create(&node, creation, now, out);
         }
@@ -276,6 +280,7 @@ impl Pool {
                 free_slots,
                 resting: busy
                     || refused
+                    || self.is_being_sounded(&eni.subnet)
                     || assign_rests
                     || eni.progress == Progress::Created
                     || self.is_stuck(&eni.id, now),

@@ -460,7 +460,7 @@ impl Pool {
         let release = self.release_at.map(|at| (at, "what is idle may be given back"));
         let collecting = self.under_way(|op| matches!(op, Op::Leaks | Op::Mark(_) | Op::Collect(_)));
         let reading = setback::Subject::Action("DescribeNetworkInterfaces".to_owned());
-        let leaks = self.leaks.next_at().filter(|_| !collecting && self.waiting.is_empty() && !self.rests(&reading));
+        let leaks = self.leaks.next_at().filter(|_| !collecting && !self.rests(&reading));
         let leaks = leaks.map(|at| (at, "leaked ENIs are looked for"));
         let audit =
             self.audits.iter().map(|(_, at)| (at.plus_ms(AUDIT_PATIENCE_MS), "an audit has waited enough")).min();
@@ -510,6 +510,12 @@ impl Pool {
         if let Record::Released { allocation, .. } = &record {
             // A DEL unwires before it releases; should the route still be there, the next look at the kernel says so.
             self.kernel.pods.routes.remove(&allocation.address);
+        }
+        if let Record::GivenUp { eni, slots, .. } = &record
+            && let Some(live) = self.live.get_mut(eni)
+        {
+            // Should one come back, the kernel has to be told again before it serves.
+            live.told.retain(|slot| !slots.contains(slot));
         }
         self.ledger.apply(&record);
         self.version += 1;

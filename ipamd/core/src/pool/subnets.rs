@@ -87,13 +87,24 @@ impl Pool {
     /// Subnets for new ENIs, best first, without those that EC2 said are empty a moment ago.
     pub(super) fn subnet_rooms(&self) -> Vec<SubnetRoom> {
         let usable = self.usable_subnets().into_iter();
-        let usable = usable.filter(|subnet| !self.rests(&Subject::Subnet(subnet.clone())));
+        let usable =
+            usable.filter(|subnet| !self.rests(&Subject::Subnet(subnet.clone())) && !self.is_being_sounded(subnet));
         let room = |subnet: SubnetId| SubnetRoom {
             singles_only: self.rests(&Subject::SubnetPrefixes(subnet.clone())),
             at_most: self.subnets.at_most(&subnet),
             subnet,
         };
         usable.map(room).collect()
+    }
+
+    /// The subnet could not give what was asked, and a smaller ask is under way: whatever else is missing waits for that.
+    pub(super) fn is_being_sounded(&self, subnet: &SubnetId) -> bool {
+        let asked_in = |op: &Op| match op {
+            Op::Assign { eni, .. } => self.ledger.enis.get(eni).is_some_and(|eni| eni.subnet == *subnet),
+            Op::Create { token } => self.ledger.creations.get(token).is_some_and(|c| c.subnet == *subnet),
+            _ => false,
+        };
+        self.subnets.at_most(subnet) != AtMost::ANY && self.under_way(asked_in)
     }
 
     fn usable_subnets(&self) -> Vec<SubnetId> {

@@ -50,30 +50,31 @@ fn frame() -> impl Strategy<Value = Frame> {
     })
 }
 
+fn at_most() -> impl Strategy<Value = AtMost> {
+    let some = (1u32..12, 1u32..4).prop_map(|(addresses, prefixes)| AtMost { addresses, prefixes });
+    prop_oneof![3 => Just(AtMost::ANY), 1 => some]
+}
+
 fn means() -> impl Strategy<Value = Means> {
-    let room = (0u32..20, prop::bool::weighted(0.2), prop::bool::weighted(0.3));
+    let room = (0u32..20, prop::bool::weighted(0.2), prop::bool::weighted(0.3), at_most());
     let rooms = prop::collection::vec(room, 0..5);
-    let subnets = prop::collection::vec(any::<bool>(), 0..3);
+    let subnets = prop::collection::vec((any::<bool>(), at_most()), 0..3);
     (mode(), rooms, 0u32..5, 0u32..30, subnets).prop_map(|(mode, rooms, new_enis, slots_per_eni, subnets)| Means {
         mode,
         enis: (0..)
             .zip(rooms)
-            .map(|(n, (free_slots, resting, singles_only))| EniRoom {
-                eni: eni(n),
-                free_slots,
-                resting,
-                singles_only,
-                at_most: AtMost::ANY,
+            .map(|(n, (free_slots, resting, singles_only, at_most))| {
+                let eni = eni(n);
+                EniRoom { eni, free_slots, resting, singles_only, at_most }
             })
             .collect(),
         new_enis,
         slots_per_eni,
         subnets: (0..)
             .zip(subnets)
-            .map(|(n, singles_only)| SubnetRoom {
-                subnet: SubnetId::new(format!("subnet-{n}")).unwrap(),
-                singles_only,
-                at_most: AtMost::ANY,
+            .map(|(n, (singles_only, at_most))| {
+                let subnet = SubnetId::new(format!("subnet-{n}")).unwrap();
+                SubnetRoom { subnet, singles_only, at_most }
             })
             .collect(),
     })
@@ -159,7 +160,11 @@ proptest! {
             Wanted::Prefixes(n) => n * PREFIX_SIZE,
             Wanted::Enis(_) => return Ok(()),
         };
-        prop_assert_eq!(found.unmet, needed.saturating_sub(brought));
+        let rooms = means.enis.iter().map(|room| room.at_most).chain(means.subnets.iter().map(|room| room.at_most));
+        match rooms.into_iter().all(|most| most == AtMost::ANY) {
+            true => prop_assert_eq!(found.unmet, needed.saturating_sub(brought)),
+            false => prop_assert!(found.unmet <= needed.saturating_sub(brought), "the rest comes later"),
+        }
         prop_assert!(brought < needed + PREFIX_SIZE, "not a whole prefix too many");
     }
 

@@ -1,7 +1,7 @@
 //! What the planner should say, found the slow way: one address and one slot at a time.
 
 use flatwire_core::ids::{EniId, SubnetId};
-use flatwire_core::plan::Means;
+use flatwire_core::plan::{AtMost, Means};
 use flatwire_core::target::{BATCH, Counts, Frame, HEADROOM, Mode, PREFIX_SIZE, Policy, Wanted, WarmTargets};
 
 /// What is free to be given, waiting ADDs served first.
@@ -108,39 +108,40 @@ pub fn plan(wanted: Wanted, means: &Means) -> (Vec<(Place, bool, u32)>, i64) {
         Wanted::Enough => (0, false),
         Wanted::Addresses(n) => (i64::from(n), false),
         Wanted::Prefixes(n) => (i64::from(n) * 16, true),
-        Wanted::Enis(_) => (0, means.mode == Mode::Prefixes),
+        Wanted::Enis(_) => (i64::MAX, means.mode == Mode::Prefixes),
     };
     let brings = |singles: bool| if prefixes && !singles { 16 } else { 1 };
+    let most = |most: AtMost, singles: bool| if brings(singles) > 1 { most.prefixes } else { most.addresses };
     let here = means.enis.iter().filter(|room| !room.resting);
-    let mut places: Vec<(Place, bool, u32)> =
-        here.map(|room| (Ok(room.eni.clone()), room.singles_only, room.free_slots)).collect();
+    let here = here.map(|room| (Ok(room.eni.clone()), room.singles_only, room.free_slots, room.at_most));
+    let mut places: Vec<(Place, bool, u32, AtMost)> = here.collect();
     // All new ENIs are made in the first subnet, or the first that gives prefixes where they are wanted.
-    let mut subnets = means.subnets.clone();
-    subnets.sort_by_key(|room| prefixes && room.singles_only);
-    let new = |(room, n)| (Err((n, SubnetId::clone(room))), subnets[0].singles_only, means.slots_per_eni);
-    places.extend(subnets.iter().take(1).flat_map(|room| (0..means.new_enis).map(move |n| (&room.subnet, n))).map(new));
+    let best = means.subnets.iter().min_by_key(|room| prefixes && room.singles_only);
+    if let Some(room) = best {
+        let new = |n| (Err((n, room.subnet.clone())), room.singles_only, means.slots_per_eni, room.at_most);
+        places.extend((0..means.new_enis).map(new));
+    }
+    places.retain(|(_, _, slots, _)| *slots > 0);
+    let mut unmade = 0;
     if let Wanted::Enis(count) = wanted {
         // The first ENI with room, to the brim; else so many new ones, each to the brim.
-        let room = places.iter().find(|(place, _, slots)| place.is_ok() && *slots > 0).cloned();
-        let singles = subnets.first().is_some_and(|room| room.singles_only);
-        missing = i64::from(count * means.slots_per_eni) * brings(singles);
-        places.retain(|(place, _, _)| place.is_err());
-        if let Some(room) = room {
-            missing = i64::from(room.2) * brings(room.1);
-            places = vec![room];
-        }
+        let here = places.first().is_some_and(|(place, _, _, _)| place.is_ok());
+        places.truncate(if here { 1 } else { usize::try_from(count).unwrap() });
+        let full = i64::from(means.slots_per_eni) * brings(best.is_some_and(|room| room.singles_only));
+        unmade = if here { 0 } else { (i64::from(count) - i64::try_from(places.len()).unwrap()) * full };
     }
-    let mut taken: Vec<(Place, bool, u32)> = Vec::new();
-    for (place, singles, slots) in places {
+    let mut taken = Vec::new();
+    for (place, singles, slots, at_most) in places {
+        let mut asked = 0;
         for _ in 0..slots {
             if missing > 0 {
                 missing -= brings(singles);
-                match taken.last_mut() {
-                    Some((at, _, slots)) if *at == place => *slots += 1,
-                    _ => taken.push((place.clone(), brings(singles) > 1, 1)),
-                }
+                asked += 1;
             }
         }
+        // What is not asked for at once comes from there later, and from nowhere else.
+        let asked = most(at_most, singles).min(asked);
+        taken.extend((asked > 0).then_some((place, brings(singles) > 1, asked)));
     }
-    (taken, missing.max(0))
+    (taken, if matches!(wanted, Wanted::Enis(_)) { unmade } else { missing.max(0) })
 }
