@@ -142,9 +142,8 @@ impl<const FALLS_BACK: bool> Policy for Naive<FALLS_BACK> {
         u32::try_from(self.free(now).count()).unwrap_or(u32::MAX)
     }
 
-    fn wants(&self, _: Time) -> Option<String> {
-        let target = self.target()?;
-        (target.wanted != Wanted::Enough).then(|| format!("{:?}: {}", target.wanted, target.why))
+    fn target(&self, _: Time) -> Option<Target> {
+        self.goal()
     }
 }
 
@@ -255,7 +254,7 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
         if let Some(eni) = self.doomed.pop() {
             return self.ask(Doing::Delete(eni.clone()), CloudRequest::DeleteEni { eni }, out);
         }
-        let (Some(node), Some(target)) = (self.ledger.node.clone(), self.target()) else { return };
+        let (Some(node), Some(target)) = (self.ledger.node.clone(), self.goal()) else { return };
         match target.wanted {
             Wanted::Enough => self.give_back(&target, now, out),
             wanted => self.grow(wanted, &node, now, out),
@@ -280,7 +279,7 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
     }
 
     /// The add-on's arithmetic, in which a cooling address is available and a waiting pod is nobody.
-    fn target(&self) -> Option<Target> {
+    fn goal(&self) -> Option<Target> {
         let slots: Vec<&IpNet> = self.ledger.slots.values().flatten().collect();
         let prefixes: Vec<&IpNet> = slots.iter().filter(|slot| pick::size(slot) == PREFIX_SIZE).copied().collect();
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);

@@ -291,8 +291,9 @@ impl<P: Policy> World<P> {
             (TAG_INSTANCE.to_owned(), "i-0dead".to_owned()),
             (TAG_CLUSTER.to_owned(), self.node.settings.cluster_name.clone().unwrap_or_default()),
         ]);
+        let Some(subnet) = self.subnets.first() else { return };
         for _ in 0..enis {
-            let _ = self.ec2.create_eni(self.now, &self.subnet, &[], "aws-K8S-i-0dead", tags.clone());
+            let _ = self.ec2.create_eni(self.now, subnet, &[], "aws-K8S-i-0dead", tags.clone());
         }
     }
 

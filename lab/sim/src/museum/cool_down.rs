@@ -7,24 +7,27 @@ use crate::scenario::{Act, Scenario};
 
 pub fn cooling_addresses_are_not_available() -> Exhibit {
     let setting = Scenario::new(0)
+        .instance_type("m5.xlarge")
         .var("WARM_IP_TARGET", 2)
-        .var("MINIMUM_IP_TARGET", 10)
-        .at(20_000, Act::Pods { count: 6, life_ms: None });
+        .var("MINIMUM_IP_TARGET", 20)
+        .at(20_000, Act::Pods { count: 16, life_ms: None });
     Exhibit {
         elsewhere: "Addresses that cool down are counted as available, so the pool does not grow, and pods of a node \
                     with churn wait for half a minute and more although the subnet has addresses.",
         here: "A cooling address is not available, so the pool grows by what the churn needs; when it cannot, the \
                longest-cooling address is given rather than failing the pod.",
         event: |scenario| {
-            let churn = Act::Pods { count: 6, life_ms: Some(10_000) };
-            (0..60).fold(scenario, |s, wave| s.at(MINUTE + wave * 10_000, churn.clone()))
+            (2..12).fold(scenario, |s, minute| {
+                s.at(minute * MINUTE, Act::EndPods { count: 60 })
+                    .at(minute * MINUTE + 3_000, Act::Pods { count: 16, life_ms: None })
+            })
         },
         minutes: 20,
         ..Exhibit::new(
             "amazon-vpc-cni-k8s#2896",
             "cooling addresses count as available",
             setting,
-            Probe::Waits { secs: 30 },
+            Probe::Waits { secs: 20 },
         )
     }
 }

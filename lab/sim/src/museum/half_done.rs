@@ -64,7 +64,7 @@ pub fn a_crash_before_the_attach_loses_no_eni() -> Exhibit {
                ENI, and its way goes on.",
         event: |scenario| {
             (0..6).fold(scenario, |s, wave| {
-                (0..8).fold(s, |s, n| s.at((1 + 4 * wave) * MINUTE + n * 2_500, Act::Kill { down_ms: 500 }))
+                (0..8).fold(s, |s, n| s.at((1 + 4 * wave) * MINUTE + n * 5_800, Act::Kill { down_ms: 500 }))
             })
         },
         ..Exhibit::new("amazon-vpc-cni-k8s#66", "a crash loses an ENI being made", setting, Probe::Leaked)

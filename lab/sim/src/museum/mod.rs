@@ -196,9 +196,10 @@ fn watch<P: Policy>(scenario: &Scenario, minutes: u64, telling: Telling) -> (See
     let mut seen = Seen::default();
     while world.now < end {
         let next = world.now.plus_ms(1_000);
-        while let Err(broken) = world.run_until(next) {
-            world.node.watch.violations.clear();
-            seen.broken.entry(broken.rule).or_default().push(broken.text);
+        while world.run_until(next).is_err() {
+            for broken in std::mem::take(&mut world.node.watch.violations) {
+                seen.broken.entry(broken.rule).or_default().push(broken.text);
+            }
         }
         seen.look(&world);
     }

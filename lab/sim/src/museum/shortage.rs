@@ -32,14 +32,14 @@ pub fn a_fragmented_subnet_still_gives_addresses() -> Exhibit {
 }
 
 pub fn missing_prefixes_are_not_asked_for_every_five_seconds() -> Exhibit {
-    let setting = with_prefixes().subnets([("10.0.0.0/26", false)]).at(30_000, Act::Pods { count: 4, life_ms: None });
+    let setting = with_prefixes().subnets([("10.0.0.0/25", false)]).at(30_000, Act::Pods { count: 4, life_ms: None });
     Exhibit {
         elsewhere: "EC2 says InvalidParameterValue (\"There aren't sufficient free Ipv4 addresses or prefixes\") where \
                     the code of a shortage was expected. It is classified as nothing, and asked again every five seconds \
                     by every node of the subnet.",
         here: "Errors are classified by code and text: this one is a shortage of prefixes, which rests for a minute, \
                then for longer, and single addresses are taken meanwhile.",
-        event: |scenario| scenario.at(15_000, Act::Take { count: 30, prefixes: false }),
+        event: |scenario| scenario.at(15_000, Act::Take { count: 95, prefixes: false }),
         ..Exhibit::new(
             "amazon-vpc-cni-k8s#3105",
             "an unclassified shortage is retried hot",

@@ -10,7 +10,7 @@ pub fn stale_metadata_brings_no_address_back() -> Exhibit {
         .var("WARM_IP_TARGET", 2)
         .at(30_000, Act::Pods { count: 8, life_ms: None })
         .at(5 * MINUTE, Act::EndPods { count: 8 })
-        .at(15 * MINUTE + 20_000, Act::Pods { count: 8, life_ms: None });
+        .at(15 * MINUTE + 4_000, Act::Pods { count: 8, life_ms: None });
     Exhibit {
         elsewhere: "The pool is built from IMDS at start. IMDS still shows addresses that were given back a while ago, \
                     and a pod gets one that EC2 routes to nobody, or to another node.",
