@@ -17,6 +17,14 @@ demo: build ## Two nodes on one machine: pods, a full ping matrix, then everythi
 test: need-root deps build ## Every test: unit, property, namespaces, CNI conformance, the lab, LocalStack and moto
 	tests/run.sh
 
+.PHONY: crash
+crash: need-root build ## Kill the daemon at every point where it changes something, on the live lab, and compare what is left
+	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test points -- --nocapture
+
+.PHONY: restart
+restart: need-root build ## How soon a restarted daemon with 250 pods answers its first ADD, with EC2 out of reach
+	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test restart -- --nocapture
+
 .PHONY: need-root
 need-root:
 	@[ "$$(id -u)" = 0 ] || { echo 'test: network namespaces need root: sudo env "PATH=$$PATH" "HOME=$$HOME" make test' >&2; exit 2; }

@@ -409,8 +409,20 @@ impl<P: Policy> Node<P> {
     /// A compacted journal must say what the daemon knows.
     pub(crate) fn check_compacted(&mut self) {
         let (Ok(says), Some(daemon)) = (self.journal.clone().replay(), &self.daemon) else { return };
-        if says != *daemon.ledger() {
-            let text = "the compacted journal says something else than the daemon knows".to_owned();
+        let knows = daemon.ledger();
+        if says != *knows {
+            let parts = [
+                ("ENIs", says.enis != knows.enis),
+                ("slots", says.slots != knows.slots),
+                ("slots going", says.releasing != knows.releasing),
+                ("slots unseen", says.unseen != knows.unseen || says.enis_unseen != knows.enis_unseen),
+                ("slots given up", says.given_up != knows.given_up || says.forgotten != knows.forgotten),
+                ("pods", says.pods != knows.pods),
+                ("cool-downs", says.freed != knows.freed),
+                ("creations", says.creations != knows.creations),
+            ];
+            let differ = cloud::list(parts.iter().filter(|(_, differs)| *differs).map(|(name, _)| name));
+            let text = format!("the compacted journal says something else than the daemon knows: {differ}");
             self.watch.broken(Rule::Replay, text);
         }
     }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use flatwire_core::ids::{PodName, SandboxId, Time};
+use flatwire_core::ids::{EniId, PodName, SandboxId, Time};
 use flatwire_core::ledger::Allocation;
 use flatwire_core::naming::host_if_name;
 use flatwire_core::pool::{Event, RequestId};
@@ -73,6 +73,8 @@ pub struct Sandbox {
     /// Name of its host link.
     pub link: String,
     pub address: Option<IpAddr>,
+    /// Of the address.
+    pub eni: Option<EniId>,
     /// While the plugin waits for the daemon.
     pub request: Option<RequestId>,
     /// A plugin holds the answer and may still wire.
@@ -137,8 +139,10 @@ impl<P: Policy> Node<P> {
         for _ in 0..count {
             let number = self.runtime.next_pod;
             self.runtime.next_pod += 1;
-            let known = self.runtime.happens(self.runtime.habits.name_again);
-            let name = if known { format!("again-{}", number % 3) } else { format!("p{number}") };
+            let again = self.runtime.happens(self.runtime.habits.name_again);
+            let again = again.then(|| format!("again-{}", number % 3));
+            let taken = |name: &String| self.runtime.pods.values().any(|pod| pod.name.name == *name);
+            let name = again.filter(|name| !taken(name)).unwrap_or_else(|| format!("p{number}"));
             let name = PodName { namespace: "sim".to_owned(), name };
             self.runtime.pods.insert(number, Pod { name, sandbox: None, running: false, failures: 0 });
             let at = now.plus_ms(self.runtime.dice.between(0, 50));
@@ -200,6 +204,7 @@ impl<P: Policy> Node<P> {
                     pod: number,
                     link,
                     address: None,
+                    eni: None,
                     request: None,
                     plugin: false,
                     wired: false,
@@ -279,7 +284,10 @@ impl<P: Policy> Node<P> {
                 self.add_failed(number, now, scene);
             }
             Step::Veth => {
-                self.kernel.links.insert(sandbox.link, number);
+                // A link of that name is of an earlier sandbox of the same pod: the plugin takes it away.
+                if let Some(earlier) = self.kernel.links.insert(sandbox.link, number) {
+                    self.lose_link(earlier);
+                }
                 if let Some(sandbox) = self.runtime.sandboxes.get_mut(&number) {
                     sandbox.wired = true;
                 }
@@ -321,6 +329,7 @@ impl<P: Policy> Node<P> {
         let Some(sandbox) = self.runtime.sandboxes.get_mut(&number) else { return };
         sandbox.request = None;
         sandbox.address = Some(allocation.address);
+        sandbox.eni = Some(allocation.eni.clone());
         if lost {
             scene.story.tell(now, "plugin", || format!("never hears the answer for c{number}"));
             scene.tally.fault("answer lost");
@@ -428,16 +437,15 @@ impl<P: Policy> Node<P> {
         }
     }
 
-    /// Pods that have no network any more are deleted: those without a link or route, and those whose address EC2 routes
-    /// elsewhere.
-    pub fn delete_wrecks(&mut self, routed: &BTreeSet<IpAddr>, now: Time) {
-        let whole = |number: SandboxNo, address: IpAddr| {
-            routed.contains(&address) && self.kernel.routes.get(&address) == Some(&number)
+    /// Pods that have no network any more are deleted: those without a link or route, and those whose address EC2 does
+    /// not route to their ENI.
+    pub fn delete_wrecks(&mut self, routed: &BTreeSet<(EniId, IpAddr)>, now: Time) {
+        let whole = |number: SandboxNo| {
+            let sandbox = self.runtime.sandboxes.get(&number)?;
+            let place = (sandbox.eni.clone()?, sandbox.address?);
+            Some(routed.contains(&place) && self.kernel.routes.get(&place.1) == Some(&number))
         };
-        let wrecked = |pod: &Pod| {
-            let sandbox = pod.sandbox.and_then(|number| Some((number, self.runtime.sandboxes.get(&number)?.address?)));
-            pod.running && sandbox.is_none_or(|(number, address)| !whole(number, address))
-        };
+        let wrecked = |pod: &Pod| pod.running && !pod.sandbox.and_then(whole).unwrap_or(false);
         let wrecks: Vec<u32> = self.runtime.pods.iter().filter(|(_, pod)| wrecked(pod)).map(|(n, _)| *n).collect();
         for number in wrecks {
             self.queue.push(now, Happening::Pod(number, PodStep::Ends));

@@ -89,7 +89,9 @@ impl<P: Policy> World<P> {
         let Some(node) = ledger.and_then(|ledger| ledger.node.as_ref()) else { return 0 };
         let Some(kind) = limits::lookup(&node.instance_type) else { return 0 };
         if !settings.provisioning {
-            return u32::try_from(self.routed().len()).unwrap_or(u32::MAX);
+            let primary = |eni: &&&EniInfo| !settings.custom_networking || !is_primary(eni);
+            let slots = |enis: &[&EniInfo]| enis.iter().filter(primary).flat_map(|eni| slots(eni)).collect::<Vec<_>>();
+            return self.with_enis_here(slots).iter().map(flatwire_core::pick::size).sum();
         }
         let foreign = self.with_enis_here(|enis| {
             let of_others = enis.iter().filter(|eni| !is_primary(eni) && eni.tags.get(TAG_INSTANCE).is_none());
@@ -104,6 +106,9 @@ impl<P: Policy> World<P> {
 
     fn nothing_is_under_way(&self) -> Option<String> {
         let ledger = self.node.daemon()?.ledger();
+        if !self.node.settings.provisioning {
+            return None;
+        }
         let unfinished = ledger.enis.values().find(|eni| eni.progress < Progress::Settled || eni.leaving.is_some());
         if let Some(eni) = unfinished {
             return Some(format!("{} stays {:?}, leaving since {:?}", eni.id, eni.progress, eni.leaving));
@@ -216,11 +221,14 @@ impl<P: Policy> World<P> {
         })
     }
 
-    /// Addresses that EC2 routes to pods of this node.
-    pub(crate) fn routed(&self) -> BTreeSet<IpAddr> {
+    /// Addresses that EC2 routes to pods of this node, with the ENI of each.
+    pub(crate) fn routed(&self) -> BTreeSet<(EniId, IpAddr)> {
         self.with_enis_here(|enis| {
-            let slots = enis.iter().flat_map(|eni| slots(eni));
-            slots.flat_map(|slot| flatwire_core::pick::addresses(&slot)).collect()
+            let slots = enis.iter().flat_map(|eni| slots(eni).map(|slot| (eni.id.clone(), slot)));
+            let each = |(eni, slot): (EniId, IpNet)| {
+                flatwire_core::pick::addresses(&slot).map(move |address| (eni.clone(), address))
+            };
+            slots.flat_map(each).collect()
         })
     }
 }

@@ -238,3 +238,16 @@ fn leaked_enis_are_marked_first_and_deleted_later_and_only_ours() {
     let left: Vec<&str> = w.enis.keys().map(EniId::as_str).collect();
     assert_eq!(left, ["eni-primary", "eni-terraform"], "a mark too old to be anybody's is taken over");
 }
+
+#[test]
+fn a_slot_that_comes_back_is_served_only_after_the_kernel_was_told_again() {
+    let mut w = after_a_burst(&[]);
+    let offers = |w: &World, slot| w.pool.candidates(&BTreeMap::new()).iter().any(|candidate| candidate.slot == slot);
+    let secondary = w.pool.ledger().enis.values().find(|eni| eni.device != DeviceIndex::PRIMARY).unwrap().id.clone();
+    let slot = *w.pool.ledger().slots[&secondary].first().unwrap();
+    assert!(offers(&w, slot));
+    let (slots, now, mut out) = (BTreeSet::from([slot]), w.now, Out::default());
+    w.pool.gave_up(&secondary, slots.clone(), now, &mut out);
+    w.pool.gain(&secondary, slots, now, &mut out);
+    assert!(!offers(&w, slot));
+}

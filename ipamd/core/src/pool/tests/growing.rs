@@ -428,3 +428,23 @@ fn a_reading_older_than_an_answer_takes_nothing_away() {
     w.pool.step(Event::Cloud { op: asked, result: Ok(CloudReply::Enis(vec![before])) }, w.now);
     assert!(w.pool.status(w.now).enis[0].missing.is_empty());
 }
+
+#[test]
+fn a_subnet_that_cannot_give_all_is_asked_for_less_and_soon() {
+    let mut w = World::new("m5.large", &[], &[]);
+    let empty = ("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet");
+    w.faults = vec![empty, empty];
+    w.step(Event::Tick);
+    let request = w.add(1);
+    w.run(15_000);
+    let asked: Vec<&str> = w
+        .notes
+        .iter()
+        .filter_map(|note| match note {
+            Note::Grow { step, .. } => step.strip_prefix("assign ")?.split_once(' ').map(|(count, _)| count),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(asked.get(..3), Some(["4", "2", "1"].as_slice()), "{asked:?}");
+    w.added(request);
+}
