@@ -129,6 +129,9 @@ pub struct Creation {
     pub since: Time,
 }
 
+/// Stands in a snapshot where a record has to name an ENI and none is meant.
+const NO_ENI: &str = "eni-none";
+
 /// Everything the ledger says at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LedgerState {
@@ -258,10 +261,12 @@ impl LedgerState {
         state
     }
 
-    /// The shortest journal that says the same: what a snapshot holds.
+    /// The shortest journal that says the same: what a snapshot holds. Only the rest of addresses that no ENI holds any more
+    /// is left out. What is gone comes before what is there, so that no record takes back what an earlier one says.
     pub fn as_records(&self) -> Vec<Record> {
         let mut records = Vec::new();
         records.extend(self.node.clone().map(Record::Node));
+        records.extend(self.forgotten.iter().map(|(eni, at)| Record::EniGone { eni: eni.clone(), at: *at }));
         records.extend(self.enis.values().cloned().map(Record::Eni));
         let held = self.slots.iter().filter(|(_, slots)| !slots.is_empty());
         records.extend(held.map(|(eni, slots)| Record::Held { eni: eni.clone(), slots: slots.clone() }));
@@ -279,33 +284,26 @@ impl LedgerState {
         }
         let unseen = self.enis_unseen.iter();
         records.extend(unseen.map(|(eni, at)| Record::EniUnseen { eni: eni.clone(), at: Some(*at) }));
-        records.extend(self.forgotten.iter().map(|(eni, at)| Record::EniGone { eni: eni.clone(), at: *at }));
-        records.extend(self.given_up.iter().filter_map(|(slot, at)| {
-            // Whose it was matters no more; the record needs an ENI to name.
-            let eni = self.enis.keys().chain(self.forgotten.keys()).next()?.clone();
-            Some(Record::GivenUp { eni, slots: BTreeSet::from([*slot]), at: *at })
-        }));
-        records.extend(self.freed.iter().filter_map(|(address, at)| self.freed_record(*address, *at)));
+        // Whose it was matters no more, and another ENI may hold it by now: these name none that there is.
+        let nobody = EniId::new(NO_ENI).expect("invariant: NO_ENI is an ENI id");
+        let given_up = self.given_up.iter().map(|(slot, at)| (BTreeSet::from([*slot]), *at));
+        records.extend(given_up.map(|(slots, at)| Record::GivenUp { eni: nobody.clone(), slots, at }));
+        let held = |address: &IpAddr| self.slots.values().flatten().any(|slot| slot.contains(address));
+        let freed = self.freed.iter().filter(|(address, _)| held(address));
+        records.extend(freed.map(|(address, at)| freed_record(nobody.clone(), *address, *at)));
         records.extend(self.pods.values().cloned().map(Record::Allocated));
         records.extend(self.creations.values().cloned().map(Record::Creating));
         records
     }
+}
 
-    /// A freed address is written as the release of a nameless sandbox, so that the journal needs no further record kind.
-    fn freed_record(&self, address: IpAddr, at: Time) -> Option<Record> {
-        let (eni, _) = self.slots.iter().find(|(_, slots)| slots.iter().any(|slot| slot.contains(&address)))?;
-        let record = self.enis.get(eni)?;
-        let sandbox = SandboxId { network: String::new(), container_id: String::new(), if_name: address.to_string() };
-        let allocation = Allocation {
-            sandbox,
-            pod: PodName::default(),
-            address,
-            eni: eni.clone(),
-            device: record.device,
-            table: record.table(),
-            at,
-        };
-        Some(Record::Released { allocation, at })
+/// A freed address is written as the release of a nameless sandbox, so that the journal needs no further record kind.
+fn freed_record(eni: EniId, address: IpAddr, at: Time) -> Record {
+    let sandbox = SandboxId { network: String::new(), container_id: String::new(), if_name: address.to_string() };
+    let (device, table) = (DeviceIndex::PRIMARY, RouteTable::MAIN);
+    Record::Released {
+        allocation: Allocation { sandbox, pod: PodName::default(), address, eni, device, table, at },
+        at,
     }
 }
 

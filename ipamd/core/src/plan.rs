@@ -15,8 +15,26 @@ pub struct EniRoom {
     pub resting: bool,
     /// EC2 had no free /28 for it a moment ago: take single addresses.
     pub singles_only: bool,
-    /// Its subnet refused more slots at once a moment ago.
-    pub most_slots: Option<u32>,
+    pub at_most: AtMost,
+}
+
+/// How much one call may ask for in a subnet: less than wanted, once the subnet could not give as much as was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AtMost {
+    pub addresses: u32,
+    pub prefixes: u32,
+}
+
+impl AtMost {
+    pub const ANY: Self = Self { addresses: u32::MAX, prefixes: u32::MAX };
+
+    /// What is not asked for now comes from the same place later: a further ENI would only cost a short subnet one more.
+    fn of(self, want: Want) -> Want {
+        match want {
+            Want::Addresses(n) => Want::Addresses(n.min(self.addresses)),
+            Want::Prefixes(n) => Want::Prefixes(n.min(self.prefixes)),
+        }
+    }
 }
 
 /// What the plan may use.
@@ -39,8 +57,7 @@ pub struct SubnetRoom {
     pub subnet: SubnetId,
     /// EC2 had no free /28 in it a moment ago: take single addresses.
     pub singles_only: bool,
-    /// It refused more slots at once a moment ago.
-    pub most_slots: Option<u32>,
+    pub at_most: AtMost,
 }
 
 impl Means {
@@ -82,14 +99,14 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
             break;
         }
         if let Some((want, brings)) = take(missing, mode, room.singles_only, room.free_slots) {
-            plan.steps.push(Step::Assign { eni: room.eni.clone(), want: at_most(want, room.most_slots) });
+            plan.steps.push(Step::Assign { eni: room.eni.clone(), want: room.at_most.of(want) });
             missing = missing.saturating_sub(brings);
         }
     }
     for _ in 0..means.new_enis {
         let Some(room) = means.new_eni(mode).filter(|_| missing > 0) else { break };
         let Some((want, brings)) = take(missing, mode, room.singles_only, means.slots_per_eni) else { break };
-        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want: at_most(want, room.most_slots) });
+        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want: room.at_most.of(want) });
         missing = missing.saturating_sub(brings);
     }
     plan.unmet = missing;
@@ -100,14 +117,15 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
 fn fill(count: u32, means: &Means) -> Plan {
     let full = |slots: u32, singles: bool| if singles { slots } else { slots * per_slot(means.mode) };
     if let Some(room) = means.enis.iter().find(|room| !room.resting && room.free_slots > 0) {
-        let want = at_most(want_of(means.mode, room.singles_only, room.free_slots), room.most_slots);
+        let want = room.at_most.of(want_of(means.mode, room.singles_only, room.free_slots));
         return Plan { steps: vec![Step::Assign { eni: room.eni.clone(), want }], unmet: 0 };
     }
     let Some(room) = means.new_eni(means.mode) else {
         return Plan { steps: Vec::new(), unmet: count * full(means.slots_per_eni, false) };
     };
-    let new_enis = means.new_enis.min(count);
-    let want = at_most(want_of(means.mode, room.singles_only, means.slots_per_eni), room.most_slots);
+    // An ENI that holds nothing but its own address brings nothing.
+    let new_enis = if means.slots_per_eni == 0 { 0 } else { means.new_enis.min(count) };
+    let want = room.at_most.of(want_of(means.mode, room.singles_only, means.slots_per_eni));
     let steps = (0..new_enis).map(|_| Step::Create { subnet: room.subnet.clone(), want }).collect();
     Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, room.singles_only) }
 }
@@ -136,16 +154,6 @@ fn take(missing: u32, mode: Mode, singles_only: bool, free_slots: u32) -> Option
     (slots > 0).then_some((want, brings))
 }
 
-/// A subnet that refused more is asked for less. What is not asked for now comes from the same place later: a further ENI
-/// in a short subnet would only cost it one more address.
-fn at_most(want: Want, slots: Option<u32>) -> Want {
-    let most = slots.unwrap_or(u32::MAX);
-    match want {
-        Want::Addresses(n) => Want::Addresses(n.min(most)),
-        Want::Prefixes(n) => Want::Prefixes(n.min(most)),
-    }
-}
-
 fn want_of(mode: Mode, singles_only: bool, slots: u32) -> Want {
     match mode {
         Mode::Prefixes if !singles_only => Want::Prefixes(slots),
@@ -165,7 +173,7 @@ mod tests {
     use super::*;
 
     fn subnet(id: &str, singles_only: bool) -> SubnetRoom {
-        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only, most_slots: None }
+        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only, at_most: AtMost::ANY }
     }
 
     fn means(mode: Mode, free: &[u32], new_enis: u32) -> Means {
@@ -174,7 +182,7 @@ mod tests {
             free_slots: *free_slots,
             resting: false,
             singles_only: false,
-            most_slots: None,
+            at_most: AtMost::ANY,
         };
         Means {
             mode,
@@ -230,7 +238,7 @@ mod tests {
     #[test]
     fn a_short_subnet_is_asked_for_less_and_not_for_further_enis() {
         let mut m = means(Mode::Addresses, &[9], 1);
-        m.enis[0].most_slots = Some(2);
+        m.enis[0].at_most = AtMost { addresses: 2, prefixes: 1 };
         assert_eq!(text(&plan(Wanted::Addresses(8), &m)), "eni-0:2 addresses unmet=0");
         assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:2 addresses unmet=0");
     }
@@ -242,6 +250,15 @@ mod tests {
         assert_eq!(text(&plan(Wanted::Prefixes(2), &m)), "new-2:2 prefixes unmet=0");
         m.subnets.pop();
         assert_eq!(text(&plan(Wanted::Prefixes(1), &m)), "new-1:9 addresses | new-1:7 addresses unmet=0");
+    }
+
+    #[test]
+    fn a_subnet_that_could_not_give_as_much_is_asked_for_less() {
+        let mut m = means(Mode::Addresses, &[9], 1);
+        m.enis[0].at_most = AtMost { addresses: 4, prefixes: 1 };
+        assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:4 addresses unmet=0");
+        m.mode = Mode::Prefixes;
+        assert_eq!(text(&plan(Wanted::Prefixes(3), &m)), "eni-0:1 prefix unmet=0");
     }
 
     #[test]

@@ -152,7 +152,8 @@ impl Pool {
 
     /// Before EC2 has confirmed the ledger, what seems missing may be there.
     fn may_grow(&self) -> bool {
-        let asking = self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
+        let unread = self.live.values().any(|live| live.read_due);
+        let asking = unread || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
         let wanted = !self.winding_down() || !self.waiting.is_empty();
         self.may_change() && wanted && !self.verify_due && !asking
     }
@@ -272,18 +273,19 @@ impl Pool {
             let Some(live) = self.live.get(&eni.id).filter(|_| self.serves_pods(&eni.id)) else { continue };
             let held = self.ledger.slots.get(&eni.id).map_or(0, |slots| slots.len() + live.quarantined.len());
             let free_slots = frame.slots_per_eni.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
-            let busy = self.under_way(|op| op.changes() == Some(&eni.id) || *op == Op::ReadBack(eni.id.clone()));
+            let busy = self.is_changing(&eni.id);
             let refused = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
             rooms.push(EniRoom {
                 eni: eni.id.clone(),
                 free_slots,
                 resting: busy
                     || refused
+                    || self.is_being_sounded(&eni.subnet)
                     || assign_rests
                     || eni.progress == Progress::Created
                     || self.is_stuck(&eni.id, now),
                 singles_only: self.rests(&Subject::EniPrefixes(eni.id.clone())),
-                most_slots: self.most_slots.get(&eni.subnet).copied(),
+                at_most: self.subnets.at_most(&eni.subnet),
             });
         }
         Some(Means {

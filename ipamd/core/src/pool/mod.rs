@@ -219,6 +219,8 @@ struct Live {
     gained: BTreeMap<IpNet, Time>,
     /// Nothing is given back on the word of a reading of the kernel that began before this.
     fenced_at: Option<Time>,
+    /// The outcome of a change is not known: to be read before anything else is done to it.
+    read_due: bool,
     /// EC2 may have given it back already: only its word lifts the fence.
     fence_uncertain: bool,
     /// When we last learnt something of it from an answer of EC2: an older reading says nothing against that.
@@ -235,6 +237,7 @@ impl Live {
             doubted: BTreeSet::new(),
             gained: BTreeMap::new(),
             fenced_at: None,
+            read_due: false,
             fence_uncertain: false,
             changed_at: now,
         }
@@ -291,8 +294,6 @@ pub struct Pool {
     /// ENIs of the ledger whose owner has taken them out of our hands.
     unmanaged: BTreeSet<EniId>,
     subnets: subnets::Subnets,
-    /// Slots to ask of a subnet at once, where it refused more.
-    most_slots: BTreeMap<SubnetId, u32>,
     buckets: BTreeMap<&'static str, Bucket>,
     leaks: leaks::Leaks,
     /// When to look again for something to give back.
@@ -372,7 +373,6 @@ impl Pool {
             learned_slots: None,
             unmanaged: BTreeSet::new(),
             subnets: subnets::Subnets::default(),
-            most_slots: BTreeMap::new(),
             buckets: BTreeMap::new(),
             leaks: leaks::Leaks::default(),
             release_at: None,

@@ -118,11 +118,10 @@ impl Pool {
     fn uses(&self, now: Time) -> Vec<EniUse> {
         let pods = self.pods_by_eni();
         let settled = |eni: &&EniRecord| eni.progress == Progress::Settled && eni.leaving.is_none();
-        let enis = self.ledger.enis.values().filter(settled).filter(|eni| {
-            !self.is_gone(&eni.id)
-                && !self.unmanaged.contains(&eni.id)
-                && !self.under_way(|op| op.changes() == Some(&eni.id))
-        });
+        let enis =
+            self.ledger.enis.values().filter(settled).filter(|eni| {
+                !self.is_gone(&eni.id) && !self.unmanaged.contains(&eni.id) && !self.is_changing(&eni.id)
+            });
         enis.filter_map(|eni| {
             let live = self.live.get(&eni.id)?;
             let unseen = self.ledger.unseen.get(&eni.id);
@@ -188,7 +187,7 @@ impl Pool {
                 }
                 continue;
             }
-            let busy = self.under_way(|op| op.changes() == Some(&eni) || *op == Op::ReadBack(eni.clone()));
+            let busy = self.is_changing(&eni);
             if busy || self.rests(&Subject::Eni(eni.clone())) || !self.may_call("UnassignPrivateIpAddresses", now) {
                 continue;
             }
@@ -217,7 +216,7 @@ impl Pool {
                 }
                 continue;
             }
-            let busy = self.under_way(|op| op.changes() == Some(&eni.id) || *op == Op::ReadBack(eni.id.clone()));
+            let busy = self.is_changing(&eni.id);
             if busy || self.rests(&Subject::Eni(eni.id.clone())) || !self.may_call("DetachNetworkInterface", now) {
                 continue;
             }
@@ -291,7 +290,7 @@ impl Pool {
 
     /// Gives an ENI back what it lost while pods live there. EC2 refuses if somebody else has it meanwhile.
     pub(super) fn reclaim(&mut self, eni: &EniId, slots: BTreeSet<IpNet>, now: Time, out: &mut Out) {
-        let busy = self.under_way(|op| op.changes() == Some(eni));
+        let busy = self.is_changing(eni);
         let rests = self.rests(&Subject::Lost(eni.clone()));
         if busy || rests || !self.may_change() || !self.may_call("AssignPrivateIpAddresses", now) {
             return;
