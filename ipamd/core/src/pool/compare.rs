@@ -80,7 +80,11 @@ impl Pool {
         if self.settings.imds_only {
             self.trust_metadata(&metadata.enis, now, out);
         } else {
-            self.doubt_metadata(&metadata.enis, first_reading && !first_boot);
+            self.doubt_metadata(&metadata.enis, first_reading && !first_boot, now);
+        }
+        if first_boot && !self.settings.imds_only {
+            // Nothing to compare yet; what others do to this node's ENIs later must be seen all the same.
+            self.verify_by(now.plus_ms(VERIFY_EVERY_MS));
         }
         if first_boot {
             self.import(&metadata.enis, out);
@@ -110,8 +114,9 @@ impl Pool {
         }
     }
 
-    /// What only the metadata shows waits for EC2's word; so does, after a restart, what only the ledger says.
-    fn doubt_metadata(&mut self, views: &[EniView], after_restart: bool) {
+    /// What only the metadata shows waits for EC2's word; so does, after a restart, what only the ledger says. Later EC2 is
+    /// asked, once for each slot, about what the metadata does not show although it is too old for that to be a lag.
+    fn doubt_metadata(&mut self, views: &[EniView], after_restart: bool, now: Time) {
         for view in views {
             let Some(live) = self.live.get_mut(&view.id) else {
                 let known = self.foreign.values().flatten().any(|id| *id == view.id);
@@ -122,6 +127,10 @@ impl Pool {
             let more = view.slots.difference(&held).filter(|slot| !self.ledger.given_up.contains_key(*slot));
             live.quarantined = more.copied().collect();
             self.verify_due |= !live.quarantined.is_empty();
+            let old = |slot: &IpNet| live.gained.get(slot).is_none_or(|at| now.since_ms(*at) >= READINGS_LAG_MS);
+            let lacking: BTreeSet<IpNet> = held.difference(&view.slots).filter(|slot| old(slot)).copied().collect();
+            self.verify_due |= !lacking.is_subset(&live.lacking);
+            live.lacking.extend(lacking);
             if after_restart {
                 live.doubted = held.difference(&view.slots).copied().collect();
             }
