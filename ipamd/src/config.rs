@@ -27,25 +27,63 @@ struct Place {
     meaning: &'static str,
 }
 
+const fn place(option: &'static str, variable: &'static str, default: &'static str, meaning: &'static str) -> Place {
+    Place { option, variable, default, meaning }
+}
+
 /// Every variable that is read here. `docs/settings.md` is checked against this text.
-#[rustfmt::skip]
 const PLACES: &[Place] = &[
-    Place { option: "socket", variable: "FLATWIRE_SOCKET", default: "/var/run/aws-node/ipamd.sock", meaning: "unix socket for the plugin" },
-    Place { option: "ledger", variable: "FLATWIRE_LEDGER", default: "/var/run/aws-node/flatwire.journal", meaning: "the ledger: an append-only journal" },
-    Place { option: "checkpoint", variable: "AWS_VPC_K8S_CNI_BACKING_STORE", default: "/var/run/aws-node/ipam.json", meaning: "the add-on's state file, kept current for a rollback" },
-    Place { option: "release-queue", variable: "FLATWIRE_RELEASE_QUEUE", default: "/var/run/aws-node/releases", meaning: "where the plugin leaves releases that found no daemon" },
-    Place { option: "node-state", variable: "FLATWIRE_NODE_STATE", default: NODE_STATE, meaning: "what operators and the API server's watcher say of this node" },
-    Place { option: "metrics", variable: "FLATWIRE_METRICS_BIND_ADDRESS", default: "0.0.0.0:61678", meaning: "address of the Prometheus metrics" },
-    Place { option: "disable-metrics", variable: "DISABLE_METRICS", default: "false", meaning: "do not serve metrics" },
-    Place { option: "introspection", variable: "INTROSPECTION_BIND_ADDRESS", default: INTROSPECTION, meaning: "address of the introspection pages" },
-    Place { option: "disable-introspection", variable: "DISABLE_INTROSPECTION", default: "false", meaning: "do not serve introspection; `ipamd status` then has nobody to ask" },
-    Place { option: "ec2-endpoint", variable: "AWS_EC2_ENDPOINT", default: "", meaning: "EC2 endpoint, for a VPC endpoint or a simulated EC2" },
-    Place { option: "imds-endpoint", variable: "AWS_EC2_METADATA_SERVICE_ENDPOINT", default: "", meaning: "instance metadata endpoint" },
-    Place { option: "http-timeout", variable: "HTTP_TIMEOUT", default: "10", meaning: "longest wait for one HTTP answer of EC2, in seconds (1 to 120)" },
-    Place { option: "log-level", variable: "AWS_VPC_K8S_CNI_LOGLEVEL", default: "info", meaning: "debug, info, warn or error; a tracing filter such as `ipamd=debug,warn` also works" },
-    Place { option: "log-file", variable: "AWS_VPC_K8S_CNI_LOG_FILE", default: "stderr", meaning: "stderr, stdout, or a file" },
-    Place { option: "network-policy-mode", variable: "NETWORK_POLICY_ENFORCING_MODE", default: "", meaning: "none, standard or strict, for the plugin and the policy agent; empty keeps the plugin away from the agent" },
-    Place { option: "lenient-settings", variable: LENIENT, default: "false", meaning: "for a take-over: warn of a bad value and use what the add-on would, instead of refusing to start" },
+    place("socket", "FLATWIRE_SOCKET", "/var/run/aws-node/ipamd.sock", "unix socket for the plugin"),
+    place("ledger", "FLATWIRE_LEDGER", "/var/run/aws-node/flatwire.journal", "the ledger: an append-only journal"),
+    place(
+        "checkpoint",
+        "AWS_VPC_K8S_CNI_BACKING_STORE",
+        "/var/run/aws-node/ipam.json",
+        "the add-on's state file, kept current for a rollback",
+    ),
+    place(
+        "release-queue",
+        "FLATWIRE_RELEASE_QUEUE",
+        "/var/run/aws-node/releases",
+        "where the plugin leaves releases that found no daemon",
+    ),
+    place(
+        "node-state",
+        "FLATWIRE_NODE_STATE",
+        NODE_STATE,
+        "what operators and the API server's watcher say of this node",
+    ),
+    place("metrics", "FLATWIRE_METRICS_BIND_ADDRESS", "0.0.0.0:61678", "address of the Prometheus metrics"),
+    place("disable-metrics", "DISABLE_METRICS", "false", "do not serve metrics"),
+    place("introspection", "INTROSPECTION_BIND_ADDRESS", INTROSPECTION, "address of the introspection pages"),
+    place(
+        "disable-introspection",
+        "DISABLE_INTROSPECTION",
+        "false",
+        "do not serve introspection; `ipamd status` then has nobody to ask",
+    ),
+    place("ec2-endpoint", "AWS_EC2_ENDPOINT", "", "EC2 endpoint, for a VPC endpoint or a simulated EC2"),
+    place("imds-endpoint", "AWS_EC2_METADATA_SERVICE_ENDPOINT", "", "instance metadata endpoint"),
+    place("http-timeout", "HTTP_TIMEOUT", "10", "longest wait for one HTTP answer of EC2, in seconds from 1 to 120"),
+    place(
+        "log-level",
+        "AWS_VPC_K8S_CNI_LOGLEVEL",
+        "info",
+        "debug, info, warn or error; a tracing filter such as `ipamd=debug,warn` also works",
+    ),
+    place("log-file", "AWS_VPC_K8S_CNI_LOG_FILE", "stderr", "stderr, stdout, or a file"),
+    place(
+        "network-policy-mode",
+        "NETWORK_POLICY_ENFORCING_MODE",
+        "",
+        "none, standard or strict, for the plugin and the policy agent; empty keeps the plugin away from the agent",
+    ),
+    place(
+        "lenient-settings",
+        "FLATWIRE_LENIENT_SETTINGS",
+        "false",
+        "for a take-over: warn of a bad value and use what the add-on would, instead of refusing to start",
+    ),
 ];
 
 /// What the command line said of places; the rest is in the environment.

@@ -163,10 +163,11 @@ impl CniBackend for Service {
                 return Ok(Response::new(CheckNetworkReply { failure: Some(failure), ..Default::default() }));
             }
         };
-        let status = self.pool.status().await.map_err(|e| unavailable(&e))?;
-        let reply = match status.pods.iter().find(|allocation| allocation.sandbox == sandbox) {
+        let asked = sandbox.clone();
+        let held = self.pool.look(move |pool, _| pool.ledger().pods.get(&asked).cloned()).await;
+        let reply = match held.map_err(|e| unavailable(&e))? {
             Some(allocation) => {
-                CheckNetworkReply { success: true, ip_allocation_metadata: vec![metadata(allocation)], failure: None }
+                CheckNetworkReply { success: true, ip_allocation_metadata: vec![metadata(&allocation)], failure: None }
             }
             None => CheckNetworkReply {
                 failure: Some(Failure {
@@ -254,12 +255,15 @@ impl Service {
             }
         };
         tracing::info!(sandbox = %asked, pod = %name, address = %allocation.address, eni = %allocation.eni, "assigned");
-        let status = self.pool.status().await.ok();
-        let cidrs = status.as_ref().and_then(|s| s.node.as_ref()).map(|n| n.vpc_cidrs.clone()).unwrap_or_default();
+        let about_node = self.pool.look(|pool, _| {
+            let cidrs = pool.ledger().node.as_ref().map(|node| node.vpc_cidrs.clone());
+            (pool.settings().snat == Snat::External, cidrs.unwrap_or_default())
+        });
+        let (external, cidrs) = about_node.await.unwrap_or_default();
         AddNetworkReply {
             success: true,
             ip_allocation_metadata: vec![metadata(&allocation)],
-            use_external_snat: status.is_some_and(|s| s.settings.snat == Snat::External),
+            use_external_snat: external,
             vpc_v4_cidrs: cidrs.iter().map(ToString::to_string).collect(),
             network_policy_mode: self.network_policy_mode.clone(),
             ..Default::default()

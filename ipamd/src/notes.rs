@@ -78,8 +78,6 @@ pub fn note(note: &Note, metrics: &Metrics) {
         Note::NodeStateChanged { text } => tracing::info!(text, "said of this node"),
         // Logged and counted where it is answered, with the request's own fields.
         Note::Refused { .. } => {}
-        // Told in its own words: it has nothing to count.
-        other => tracing::info!("{other}"),
         Note::CooldownYielded { address, rested_ms } => {
             metrics.cooldown_yielded.inc();
             tracing::info!(%address, rested_ms, "nothing else is free: a cooling address is given early");
@@ -92,5 +90,7 @@ pub fn note(note: &Note, metrics: &Metrics) {
             metrics.error("kernel");
             tracing::error!(error, "the node's data path could not be programmed");
         }
+        // Told in its own words: it has nothing to count.
+        other => tracing::info!("{other}"),
     }
 }

@@ -161,6 +161,8 @@ impl Pool {
             self.compare_slots(view, asked_at, now, out);
         }
         self.compare_enis(views, asked_at, now, out);
+        let here = u32::try_from(views.iter().filter(|view| view.card == 0).count()).unwrap_or(u32::MAX);
+        self.learned_max_enis = self.learned_max_enis.map(|learned| learned.max(here));
         let ours = views.iter().filter(|view| self.is_ours(view) && !self.ledger.forgotten.contains_key(&view.id));
         self.cloud_seen = Some((asked_at, ours.cloned().collect()));
     }
@@ -348,7 +350,7 @@ impl Pool {
         self.verify_by(now.plus_ms(VERIFY_AGAIN_MS));
         let believed = |slot: &&IpNet| before.get(*slot).is_some_and(|at| asked_at.since_ms(*at) >= BELIEVED_AFTER_MS);
         let (lived_in, empty): (BTreeSet<IpNet>, BTreeSet<IpNet>) =
-            less.iter().filter(believed).partition(|slot| self.somebody_lives_in(slot));
+            less.iter().filter(believed).partition(|slot| self.somebody_lives_in(slot) && !self.moved(slot, eni));
         if !empty.is_empty() {
             let text = format!("{} given up in the ledger: EC2 has not shown it in two readings", list(&empty));
             out.note(Note::Reconciled { eni: eni.clone(), text });
@@ -357,6 +359,12 @@ impl Pool {
         if !lived_in.is_empty() {
             self.reclaim(eni, lived_in, now, out);
         }
+    }
+
+    /// It has come back in another shape: on another ENI of ours, or within a prefix. Whoever lives there lives in that.
+    fn moved(&self, slot: &IpNet, from: &EniId) -> bool {
+        let covers = |eni: &EniId, held: &IpNet| held.contains(slot) && (eni != from || held != slot);
+        self.ledger.slots.iter().any(|(eni, slots)| slots.iter().any(|held| covers(eni, held)))
     }
 
     /// A pod of the ledger or a pod route of the kernel is in the slot.

@@ -260,7 +260,7 @@ fn groups_of_the_node_are_followed_on_enis_we_made_and_on_no_others() {
     w.enis.get_mut(&EniId::new("eni-primary").unwrap()).unwrap().security_groups = vec![new.clone()];
     w.run(3 * METADATA_EVERY_MS);
     for eni in w.enis.values().filter(|eni| eni.id.as_str() != "eni-theirs") {
-        assert_eq!(eni.security_groups, [new.clone()], "{}", eni.id);
+        assert_eq!(eni.security_groups, std::slice::from_ref(&new), "{}", eni.id);
     }
     assert_eq!(w.enis[&EniId::new("eni-theirs").unwrap()].security_groups[0].as_str(), "sg-theirs");
 }
