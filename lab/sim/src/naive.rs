@@ -14,7 +14,7 @@ use flatwire_core::ledger::{Allocation, EniRecord, LedgerState, NodeFacts, Progr
 use flatwire_core::limits;
 use flatwire_core::netplan::{EniPlan, NodePlan, PrimaryPlan};
 use flatwire_core::pick;
-use flatwire_core::plan::{self, EniRoom, Means, Step, SubnetRoom};
+use flatwire_core::plan::{self, AtMost, EniRoom, Means, Step, SubnetRoom};
 use flatwire_core::pool::{Answer, Command, Event, Failure, OpId, Reason, RequestId};
 use flatwire_core::ports::{CloudError, CloudErrorKind, CloudReply, CloudRequest, EniView, KernelReport, Metadata};
 use flatwire_core::settings::Settings;
@@ -307,6 +307,7 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
             free_slots: frame.slots_per_eni.saturating_sub(number(self.slots(&eni.id).count())),
             resting: false,
             singles_only: false,
+            at_most: AtMost::ANY,
         };
         let most = limits::lookup(&node.instance_type).map_or(0, |kind| kind.max_enis);
         let most = most.min(self.settings.max_eni.unwrap_or(u32::MAX));
@@ -315,7 +316,7 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
             enis: self.enis().iter().map(room).collect(),
             new_enis: most.saturating_sub(number(self.ledger.enis.len())),
             slots_per_eni: frame.slots_per_eni,
-            subnets: vec![SubnetRoom { subnet: primary.subnet.clone(), singles_only: false }],
+            subnets: vec![SubnetRoom { subnet: primary.subnet.clone(), singles_only: false, at_most: AtMost::ANY }],
         };
         match plan::plan(wanted, &means).steps.into_iter().next() {
             Some(Step::Assign { eni, want }) => {

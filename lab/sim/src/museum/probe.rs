@@ -6,6 +6,7 @@ use flatwire_core::ids::Time;
 
 use crate::invariants::{Rule, TAG_INSTANCE};
 use crate::policy::Policy;
+use crate::runtime::Sandbox;
 use crate::tally::Calls;
 use crate::world::World;
 
@@ -68,8 +69,11 @@ impl Seen {
         let node = &world.node;
         self.calls = world.tally.cloud.clone();
         let routed = world.routed();
-        let dark = |address: &std::net::IpAddr| !routed.contains(address);
-        self.dark = node.runtime.sandboxes.values().filter(|s| s.wired && s.address.is_some_and(|a| dark(&a))).count();
+        let dark = |sandbox: &&Sandbox| {
+            let place = sandbox.eni.clone().zip(sandbox.address);
+            sandbox.wired && place.is_some_and(|place| !routed.contains(&place))
+        };
+        self.dark = node.runtime.sandboxes.values().filter(dark).count();
         self.leaked = world.ec2.with_enis(world.now, |enis| {
             enis.values().filter(|eni| eni.tags.contains_key(TAG_INSTANCE) && eni.attachment.is_none()).count()
         });
