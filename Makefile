@@ -38,6 +38,10 @@ build: deps ## Release binaries, all static, in target/flatwire
 	@install -m 0755 $(TARGET_DIR)/$(TRIPLE)/release/{ipamd,lab,lab-ec2} $(TARGET_DIR)/$(TRIPLE)/plugin/aws-cni $(BIN)/
 	@ls -lh $(BIN) | awk 'NR > 1 { printf "  %-8s %s\n", $$5, $$9 }'
 
+.PHONY: sim
+sim: ## A minute of fresh seeds of the simulated world (SEED=n replays one, SIM_SECONDS=n takes longer)
+	cargo run --release -q -p lab-sim -- run $(if $(SEED),--seed $(SEED),--seconds $(or $(SIM_SECONDS),60))
+
 .PHONY: lab
 lab: build ## A lab that stays up, to play with (Ctrl-C ends it)
 	$(BIN)/lab up

@@ -51,7 +51,7 @@ fn arrows() -> BTreeMap<String, BTreeSet<String>> {
 #[test]
 fn arrows_point_to_core() {
     let arrows = arrows();
-    let allowed: [(&str, &[&str]); 9] = [
+    let allowed: [(&str, &[&str]); 10] = [
         ("flatwire-core", &[]),
         ("flatwire-proto", &[]),
         ("flatwire-store", &["flatwire-core"]),
@@ -59,6 +59,7 @@ fn arrows_point_to_core() {
         ("flatwire-cloud", &["flatwire-core", "tokio", "aws-"]),
         ("aws-cni", &["flatwire-core", "flatwire-kernel", "flatwire-proto", "tokio"]),
         ("lab-ec2", &["flatwire-core", "tokio"]),
+        ("lab-sim", &["flatwire-core", "flatwire-store", "lab-ec2"]),
         ("lab", &["flatwire-core", "flatwire-kernel", "lab-ec2", "tokio"]),
         ("ipamd", &["flatwire-cloud", "flatwire-core", "flatwire-kernel", "flatwire-proto", "flatwire-store", "tokio"]),
     ];

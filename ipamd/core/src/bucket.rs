@@ -59,7 +59,7 @@ impl Bucket {
     /// EC2 refused: half the rate, and a rest of half to one and a half calls at it, by `chance`, so that nodes spread out.
     /// Returns the rest in milliseconds.
     pub fn refused(&mut self, now: Time, chance: u64) -> u64 {
-        self.rate = (self.rate / 2).min(FIRST_REFUSAL_MICRO).max(SLOWEST_MICRO);
+        self.rate = (self.rate / 2).clamp(SLOWEST_MICRO, FIRST_REFUSAL_MICRO);
         let one_call_ms = 1_000_000_000 / self.rate;
         let rest_ms = one_call_ms / 2 + chance % (one_call_ms + 1);
         self.tokens = 1_000_000;

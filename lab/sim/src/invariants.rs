@@ -187,15 +187,16 @@ impl Watch {
         now: Time,
     ) {
         let Some((action, object, _)) = self.in_flight.remove(&op) else { return };
+        if result.is_ok() {
+            self.failures.retain(|(of, _), _| *of != action);
+        }
         match result {
             Ok(CloudReply::Enis(_)) if object == "node" => {
                 let read_of = read_at.unwrap_or_default();
                 self.read_of = self.read_of.max(read_of);
                 self.taken.retain(|(_, _, at)| *at >= read_of);
             }
-            Ok(_) => {
-                self.failures.remove(&(action, object));
-            }
+            Ok(_) => {}
             Err(error) => {
                 let times = self.failures.entry((action, object.clone())).or_default();
                 if crowded(times, now, FAILURES_MOST) {

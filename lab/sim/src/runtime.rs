@@ -168,6 +168,17 @@ impl<P: Policy> Node<P> {
         self.queue.retain(|happening| !matches!(happening, Happening::Pod(_, PodStep::Ends)));
     }
 
+    /// The daemon hears a DEL for so many pods that run on.
+    pub fn stray_dels(&mut self, count: u32) {
+        let wired = self.runtime.sandboxes.values().filter(|sandbox| sandbox.wired && !sandbox.ending);
+        let mut sandboxes: Vec<SandboxId> = wired.map(|sandbox| sandbox.id.clone()).collect();
+        for _ in 0..count.min(u32::try_from(sandboxes.len()).unwrap_or(u32::MAX)) {
+            let sandbox = self.runtime.dice.pick(&sandboxes).clone();
+            sandboxes.retain(|other| *other != sandbox);
+            self.ask(Asker::Queue(sandbox.clone()), |request| Event::Del { request, sandbox });
+        }
+    }
+
     fn pods_changed(&mut self, now: Time) {
         if self.runtime.habits.tell_scheduled {
             let count = u32::try_from(self.runtime.pods.len()).unwrap_or(u32::MAX);
@@ -357,6 +368,10 @@ impl<P: Policy> Node<P> {
 
     /// DEL: the kernel first.
     fn unwires(&mut self, number: SandboxNo, now: Time, scene: &mut Scene<'_>) {
+        if !P::QUEUES_RELEASES && self.daemon.is_none() {
+            scene.story.tell(now, "plugin", || format!("DEL c{number} fails: no daemon"));
+            return self.later(number, Step::Del, 5_000, 20_000, now);
+        }
         let habits = self.runtime.habits;
         let (stays, dies) = (self.runtime.happens(habits.route_stays), self.runtime.happens(habits.plugin_dies));
         let Some(sandbox) = self.runtime.sandboxes.get_mut(&number) else { return };

@@ -298,6 +298,7 @@ impl Pool {
                 }
             }
             Op::Assign { eni, want } => {
+                let kind = short_of(kind, want);
                 let subnet = self.ledger.enis.get(&eni).map(|record| record.subnet.clone());
                 let subject = match (kind, subnet) {
                     (K::Throttled | K::Denied, _) => by_action,
@@ -323,6 +324,7 @@ impl Pool {
             }
             Op::Create { token } => {
                 let creation = self.ledger.creations.get(&token).cloned();
+                let kind = creation.as_ref().map_or(kind, |creation| short_of(kind, creation.want));
                 let subject = match (kind, &creation) {
                     (K::Fragmented, Some(c)) => Subject::SubnetPrefixes(c.subnet.clone()),
                     (K::SubnetEmpty, Some(c)) => Subject::Subnet(c.subnet.clone()),
@@ -359,7 +361,8 @@ impl Pool {
                     self.record(Record::Eni(EniRecord { device, ..record }), out);
                 }
                 // An attach whose answer was lost, or an ENI that is in use: EC2's list says which it is.
-                self.verify_due |= kind.outcome_unknown() || kind == K::Busy;
+                // Where the instance is full, it says of how many, others' included.
+                self.verify_due |= kind.outcome_unknown() || matches!(kind, K::Busy | K::InstanceFull);
                 self.set_back(Subject::Eni(eni.clone()), eni.to_string(), error, now, out);
             }
             Op::Delete(eni) if kind == K::NotFound => self.forget_eni(&eni, "deleted", now, out),
@@ -418,5 +421,15 @@ impl Pool {
             device = DeviceIndex(device.0 + 1);
         }
         device
+    }
+}
+
+/// EC2's two words for "nothing left" by what was asked: a subnet too empty for one prefix may have single addresses all the
+/// same, and one that lacks blocks for a single address is empty.
+fn short_of(kind: CloudErrorKind, want: Want) -> CloudErrorKind {
+    match (kind, want) {
+        (CloudErrorKind::SubnetEmpty, Want::Prefixes(1)) => CloudErrorKind::Fragmented,
+        (CloudErrorKind::Fragmented, Want::Addresses(_)) => CloudErrorKind::SubnetEmpty,
+        _ => kind,
     }
 }

@@ -364,7 +364,7 @@ impl Pool {
     }
 
     /// Single addresses that serve nobody, on a node that would rather have prefixes.
-    fn idle_singles(&self) -> u32 {
+    pub(super) fn idle_singles(&self) -> u32 {
         if self.frame().is_none_or(|frame| frame.mode == Mode::Addresses) {
             return 0;
         }

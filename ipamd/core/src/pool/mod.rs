@@ -215,6 +215,8 @@ struct Live {
     quarantined: BTreeSet<IpNet>,
     /// Slots of the ledger that IMDS does not show after a restart: not handed out until EC2 has spoken, or cannot.
     doubted: BTreeSet<IpNet>,
+    /// Slots that IMDS did not show at some time, long after they came: EC2 has been asked about them.
+    lacking: BTreeSet<IpNet>,
     /// When each slot came, as far as this life of the daemon knows.
     gained: BTreeMap<IpNet, Time>,
     /// Nothing is given back on the word of a reading of the kernel that began before this.
@@ -235,6 +237,7 @@ impl Live {
             told: BTreeSet::new(),
             quarantined: BTreeSet::new(),
             doubted: BTreeSet::new(),
+            lacking: BTreeSet::new(),
             gained: BTreeMap::new(),
             fenced_at: None,
             read_due: false,

@@ -304,6 +304,42 @@ fn an_instance_that_holds_fewer_enis_than_its_table_says_is_learnt_and_the_eni_d
 }
 
 #[test]
+fn an_instance_full_of_others_enis_has_its_own_limit_again_when_they_are_known() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "10"), ("MANAGE_UNTAGGED_ENI", "false")], &[]);
+    w.step(Event::Tick);
+    w.run(2_000);
+    let primary = w.enis[&EniId::new("eni-primary").unwrap()].clone();
+    let operators = EniView { id: EniId::new("eni-op").unwrap(), device: DeviceIndex(2), ..primary };
+    w.enis.insert(operators.id.clone(), operators);
+    w.faults = vec![("AttachNetworkInterface", CloudErrorKind::InstanceFull, "AttachmentLimitExceeded")];
+    for n in 0..12 {
+        w.add(n);
+    }
+    w.run(120_000);
+    assert_eq!(w.pool.status(w.now).max_enis, 3, "the table was right");
+}
+
+#[test]
+fn a_subnet_without_blocks_for_single_addresses_is_let_rest() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Fragmented, "InvalidParameterValue"); 100];
+    w.step(Event::Tick);
+    w.run(60_000);
+    let asked = w.calls.iter().filter(|call| *call == "AssignPrivateIpAddresses").count();
+    assert!(asked <= 6, "{asked} times within a minute");
+}
+
+#[test]
+fn a_subnet_too_empty_for_a_prefix_is_asked_for_single_addresses() {
+    let mut w = World::new("m5.large", &[("ENABLE_PREFIX_DELEGATION", "true")], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet")];
+    w.step(Event::Tick);
+    let request = w.add(1);
+    w.run(10_000);
+    w.added(request);
+}
+
+#[test]
 fn an_address_with_a_pod_route_is_in_use_whatever_the_ledger_says() {
     let mut w = World::new("t3.nano", &[("MAX_ENI", "1")], &["10.0.3.1/32", "10.0.3.2/32"]);
     let wired: IpAddr = "10.0.3.1".parse().unwrap();

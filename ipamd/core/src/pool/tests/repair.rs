@@ -124,6 +124,27 @@ fn a_slot_lost_under_a_running_pod_is_assigned_again_by_name() {
 }
 
 #[test]
+fn a_slot_lost_on_a_node_that_never_restarted_is_noticed_by_the_metadata() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    let request = w.add(1);
+    let slot = IpNet::from(w.added(request).address);
+    w.run(READINGS_LAG_MS);
+    w.enis.get_mut(&EniId::new("eni-primary").unwrap()).unwrap().slots.remove(&slot);
+    w.run(300_000);
+    assert!(w.enis.values().any(|eni| eni.slots.contains(&slot)), "EC2 routes it here again");
+}
+
+#[test]
+fn a_node_that_never_restarted_asks_ec2_all_the_same() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "1")], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    w.calls.clear();
+    w.run(VERIFY_EVERY_MS + 1_000);
+    assert!(w.calls.iter().any(|call| call == "DescribeNetworkInterfaces"), "{:?}", w.calls);
+}
+
+#[test]
 fn what_ec2_no_longer_shows_is_believed_after_two_readings_and_only_without_pods() {
     let mut w = World::new("m5.large", &[], &["10.0.3.1/32", "10.0.3.2/32"]);
     w.step(Event::Tick);
@@ -239,7 +260,7 @@ fn groups_of_the_node_are_followed_on_enis_we_made_and_on_no_others() {
     w.enis.get_mut(&EniId::new("eni-primary").unwrap()).unwrap().security_groups = vec![new.clone()];
     w.run(3 * METADATA_EVERY_MS);
     for eni in w.enis.values().filter(|eni| eni.id.as_str() != "eni-theirs") {
-        assert_eq!(eni.security_groups, [new.clone()], "{}", eni.id);
+        assert_eq!(eni.security_groups, std::slice::from_ref(&new), "{}", eni.id);
     }
     assert_eq!(w.enis[&EniId::new("eni-theirs").unwrap()].security_groups[0].as_str(), "sg-theirs");
 }
