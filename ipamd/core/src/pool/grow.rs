@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use super::compare::BELIEVED_AFTER_MS;
 use super::setback::Subject;
 use super::{MAX_CREATIONS, Note, Op, Out, Pool, STUCK_ENI_MS};
 use crate::ids::{EniId, SecurityGroupId, SubnetId, Time};
@@ -291,7 +292,7 @@ impl Pool {
         Some(Means {
             mode: frame.mode,
             enis: rooms,
-            new_enis: if self.terminating { 0 } else { self.eni_room() },
+            new_enis: if self.terminating { 0 } else { self.eni_room(now) },
             slots_per_eni: frame.slots_per_eni,
             subnets: match self.may_call("CreateNetworkInterface", now) {
                 true => self.subnet_rooms(),
@@ -301,9 +302,12 @@ impl Pool {
     }
 
     /// ENIs that could still be created.
-    pub(super) fn eni_room(&self) -> u32 {
+    pub(super) fn eni_room(&self, now: Time) -> u32 {
         let detached = |eni: &crate::ledger::EniRecord| eni.leaving.is_some() && eni.progress == Progress::Created;
-        let here = self.ledger.enis.values().filter(|eni| !self.is_gone(&eni.id) && !detached(eni)).count();
+        // One that EC2 does not show takes its place until that is believed: a reading may be older than the ENI.
+        let gone =
+            |eni: &EniId| self.ledger.enis_unseen.get(eni).is_some_and(|at| now.since_ms(*at) >= BELIEVED_AFTER_MS);
+        let here = self.ledger.enis.values().filter(|eni| !gone(&eni.id) && !detached(eni)).count();
         let trunk = usize::from(self.settings.trunk_reserve && self.limits.as_ref().is_some_and(|l| l.prefixes));
         let taken = here + self.ledger.creations.len() + self.foreign.len().max(trunk);
         self.max_enis().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))

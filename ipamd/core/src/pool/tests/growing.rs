@@ -320,6 +320,39 @@ fn an_instance_full_of_others_enis_has_its_own_limit_again_when_they_are_known()
 }
 
 #[test]
+fn an_eni_that_a_reading_does_not_show_keeps_its_place_for_a_while() {
+    let mut w = World::new("m5.large", &[("MAX_ENI", "2")], &[]);
+    w.step(Event::Tick);
+    (0..12).for_each(|n| _ = w.add(n));
+    w.run(2_000);
+    assert_eq!(w.enis.len(), 2);
+    let second = w.enis.values_mut().find(|eni| eni.device != DeviceIndex::PRIMARY).unwrap();
+    let attachment = second.attachment.take();
+    let audit = w.request();
+    w.step(Event::Audit { request: audit });
+    (12..20).for_each(|n| _ = w.add(n));
+    w.run(20_000);
+    assert_eq!(w.enis.len(), 2, "the reading was older than the ENI");
+    assert!(attachment.is_some());
+}
+
+#[test]
+fn a_limit_learnt_from_an_old_reading_is_unlearned_by_a_new_one() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::EniFull, "PrivateIpAddressLimitExceeded")];
+    w.step(Event::Tick);
+    w.run(5_000);
+    let most = |w: &World| w.pool.status(w.now).max_addresses;
+    assert_eq!(most(&w), 3, "one slot on each of three ENIs");
+    let primary = EniId::new("eni-primary").unwrap();
+    w.give(&primary, Want::Addresses(8));
+    let audit = w.request();
+    w.step(Event::Audit { request: audit });
+    w.run(5_000);
+    assert_eq!(most(&w), 27);
+}
+
+#[test]
 fn a_subnet_without_blocks_for_single_addresses_is_let_rest() {
     let mut w = World::new("m5.large", &[], &[]);
     w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Fragmented, "InvalidParameterValue"); 100];
