@@ -42,6 +42,10 @@ build: deps ## Release binaries, all static, in target/flatwire
 sim: ## A minute of fresh seeds of the simulated world (SEED=n replays one, SIM_SECONDS=n takes longer)
 	cargo run --release -q -p lab-sim -- run $(if $(SEED),--seed $(SEED),--seconds $(or $(SIM_SECONDS),60))
 
+.PHONY: museum
+museum: ## Outages that others have reported, with a naive policy and with ours
+	cargo run --release -q -p lab-sim -- museum
+
 .PHONY: lab
 lab: build ## A lab that stays up, to play with (Ctrl-C ends it)
 	$(BIN)/lab up
