@@ -2,12 +2,15 @@
 //! that has been free the longest, so that a freed one rests as long as it can.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use crate::ids::{DeviceIndex, EniId, Time};
+
+/// What EC2 delegates to an ENI slot in IPv4.
+pub const PREFIX_LEN: u8 = 28;
 
 /// One slot that may be picked from: trusted, on an ENI whose tables stand in the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,6 +102,19 @@ pub fn addresses(slot: &IpNet) -> impl Iterator<Item = IpAddr> + use<> {
         IpNet::V6(_) => (1, 0),
     };
     (first..=last).map(|bits| IpAddr::V4(Ipv4Addr::from(bits)))
+}
+
+/// The slot that holds the address: itself, or its /28.
+pub fn slot_of(slots: &BTreeSet<IpNet>, address: &IpAddr) -> Option<IpNet> {
+    let single = IpNet::from(*address);
+    if slots.contains(&single) {
+        return Some(single);
+    }
+    let prefix = match address {
+        IpAddr::V4(v4) => IpNet::V4(Ipv4Net::new(*v4, PREFIX_LEN).ok()?.trunc()),
+        IpAddr::V6(_) => return None,
+    };
+    slots.contains(&prefix).then_some(prefix)
 }
 
 /// First and last address of a slot.

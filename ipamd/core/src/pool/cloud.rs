@@ -91,7 +91,10 @@ impl Pool {
             (Op::Limits, Ok(CloudReply::InstanceType(limits))) => self.limits = Some(limits),
             (Op::Verify, Ok(CloudReply::Enis(views))) => self.node_verified(&views, asked_at, now, out),
             (Op::ReadBack(_), Ok(CloudReply::Eni(view))) => self.eni_read_back(&view, asked_at, now, out),
-            (Op::Subnets, Ok(CloudReply::Subnets(subnets))) => self.subnets.arrived(subnets, now),
+            (Op::Subnets, Ok(CloudReply::Subnets(subnets))) => {
+                self.subnets.arrived(subnets, now);
+                self.version += 1;
+            }
             (Op::Leaks, Ok(CloudReply::Enis(views))) => self.leaks_found(&views, now, out),
             (Op::Mark(eni), Ok(CloudReply::Done)) => self.leak_marked(&eni, now, out),
             (Op::Collect(eni), Ok(CloudReply::Done)) => self.leak_collected(&eni, out),

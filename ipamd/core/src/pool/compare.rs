@@ -123,6 +123,7 @@ impl Pool {
     /// EC2's own list of this instance's ENIs.
     pub(super) fn node_verified(&mut self, views: &[EniView], asked_at: Time, now: Time, out: &mut Out) {
         self.verify_due = false;
+        self.version += 1;
         self.verify_at = None;
         let spread = self.random() % (VERIFY_EVERY_MS / 2);
         self.verify_by(now.plus_ms(VERIFY_EVERY_MS + spread));

@@ -1,6 +1,7 @@
 //! Growing the pool: target and plan turned into calls, and ENIs moved along from creation to service.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use super::setback::Subject;
 use super::{MAX_CREATIONS, Note, Op, Out, Pool, STUCK_ENI_MS};
@@ -201,37 +202,7 @@ impl Pool {
     /// The pool in numbers. Capacity on its way counts as held, so that it is not asked for twice.
     pub(super) fn counts(&self, now: Time) -> Counts {
         let waiting = u32::try_from(self.waiting.len()).unwrap_or(u32::MAX);
-        let mut counts = Counts { waiting, scheduled: self.node_state.scheduled_pods, ..Counts::default() };
-        let pods: std::collections::BTreeSet<_> = self.ledger.pods.values().map(|a| a.address).collect();
-        let orphaned =
-            |address: &std::net::IpAddr| self.kernel.pods.routes.contains(address) && !pods.contains(address);
-        for (id, slots) in &self.ledger.slots {
-            if !self.serves_pods(id) || self.is_stuck(id, now) {
-                continue;
-            }
-            for slot in slots.iter().filter(|slot| !self.is_withheld(id, slot)) {
-                let size = pick::size(slot);
-                counts.total += size;
-                let (mut held, mut busy, mut cool) = (0u32, 0u32, 0u32);
-                for address in pick::addresses(slot) {
-                    if pods.contains(&address) {
-                        held += 1;
-                        busy += 1;
-                    } else if orphaned(&address) {
-                        busy += 1;
-                        counts.orphans += 1;
-                    } else if self.cooling_since(&address, now).is_some() {
-                        cool += 1;
-                    }
-                }
-                counts.cooling += cool;
-                counts.assigned += held;
-                if size == PREFIX_SIZE {
-                    counts.prefixes += 1;
-                    counts.free_prefixes += u32::from(busy + cool == 0);
-                }
-            }
-        }
+        let mut counts = Counts { waiting, scheduled: self.node_state.scheduled_pods, ..self.counts_of_slots(now) };
         for want in self.ops.values().filter_map(|(op, _)| match op {
             Op::Assign { want, .. } => Some(*want),
             _ => None,
@@ -241,6 +212,48 @@ impl Pool {
         for creation in self.ledger.creations.values() {
             add_coming(&mut counts, creation.want);
         }
+        counts
+    }
+
+    /// What the slots hold. Looked at several times a step and changed by few, so it is counted once a version.
+    fn counts_of_slots(&self, now: Time) -> Counts {
+        if let Some((version, until, counts)) = self.counted.get()
+            && version == self.version
+            && now < until
+        {
+            return counts;
+        }
+        let mut counts = Counts::default();
+        let pods: BTreeSet<IpAddr> = self.ledger.pods.values().map(|a| a.address).collect();
+        let cooldown_ms = self.settings.cooldown_ms();
+        for (id, slots) in &self.ledger.slots {
+            if !self.serves_pods(id) || self.is_stuck(id, now) {
+                continue;
+            }
+            for slot in slots.iter().filter(|slot| !self.is_withheld(id, slot)) {
+                let size = pick::size(slot);
+                let range = pick::range(slot);
+                let held = count(pods.range(range.clone()));
+                let orphans = count(self.kernel.pods.routes.range(range.clone()).filter(|a| !pods.contains(*a)));
+                let cooling = |(address, freed_at): &(&IpAddr, &Time)| {
+                    let taken = pods.contains(*address) || self.kernel.pods.routes.contains(*address);
+                    !taken && now.since_ms(**freed_at) < cooldown_ms
+                };
+                let cool = count(self.ledger.freed.range(range).filter(cooling));
+                counts.total += size;
+                counts.orphans += orphans;
+                counts.cooling += cool;
+                counts.assigned += held;
+                if size == PREFIX_SIZE {
+                    counts.prefixes += 1;
+                    counts.free_prefixes += u32::from(held + orphans + cool == 0);
+                }
+            }
+        }
+        // An ENI on its way may turn out stuck; a cool-down ends.
+        let on_its_way = self.live.values().any(|live| !live.programmed);
+        let until = if on_its_way { now } else { self.next_cooled(now).unwrap_or(Time(u64::MAX)) };
+        self.counted.set(Some((self.version, until, counts)));
         counts
     }
 
@@ -377,4 +390,8 @@ fn add_coming(counts: &mut Counts, want: Want) {
             counts.free_prefixes += n;
         }
     }
+}
+
+fn count(items: impl Iterator) -> u32 {
+    u32::try_from(items.count()).unwrap_or(u32::MAX)
 }

@@ -9,15 +9,23 @@ use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, Note, Op, OpId, Out, Pool}
 use crate::ids::{DeviceIndex, Time};
 use crate::ledger::Progress;
 use crate::netplan::{EniPlan, NodePlan, PrimaryPlan};
+use crate::pick;
 use crate::ports::{CloudError, CloudErrorKind, KernelReport, PodsSeen};
 
 impl Pool {
     /// Has the kernel made what the plan says: when the plan changed, when a link was missing, and now and then anyway.
     pub(super) fn program_kernel(&mut self, now: Time, out: &mut Out) {
-        let Some(plan) = self.node_plan() else { return };
-        if self.kernel.plan.as_ref() != Some(&plan) {
-            self.kernel.plan = Some(plan);
-            self.kernel.revision += 1;
+        // The plan follows from the ledger alone; most steps do not touch that.
+        if self.kernel.planned_from != Some(self.version) {
+            self.kernel.planned_from = Some(self.version);
+            let Some(plan) = self.node_plan() else { return };
+            if self.kernel.plan.as_ref() != Some(&plan) {
+                self.kernel.plan = Some(plan);
+                self.kernel.revision += 1;
+            }
+        }
+        if self.kernel.plan.is_none() {
+            return;
         }
         if self.kernel.in_flight || self.rests(&Subject::Kernel) {
             return;
@@ -44,7 +52,10 @@ impl Pool {
         self.kernel.in_flight = false;
         let report = match result {
             Ok((report, pods)) => {
-                self.kernel.pods = pods;
+                if self.kernel.pods != pods {
+                    self.kernel.pods = pods;
+                    self.version += 1;
+                }
                 self.kernel.read_at = Some(asked_at);
                 self.release_dead_sandboxes(now, out);
                 report
@@ -87,6 +98,7 @@ impl Pool {
             if stands && !live.programmed {
                 out.note(Note::EniMoved { eni: id.clone(), to: "in service", after_ms: now.since_ms(live.since) });
             }
+            self.version += u64::from(stands != live.programmed);
             live.programmed = stands;
             live.told = plan.enis.iter().find(|eni| eni.id == *id).map(|eni| eni.sources.clone()).unwrap_or_default();
         }
@@ -142,7 +154,7 @@ impl Pool {
     fn sources(&self, eni: &crate::ids::EniId) -> BTreeSet<IpNet> {
         let mut sources = self.ledger.slots.get(eni).cloned().unwrap_or_default();
         for allocation in self.ledger.pods.values().filter(|a| a.eni == *eni) {
-            if !sources.iter().any(|slot| slot.contains(&allocation.address)) {
+            if pick::slot_of(&sources, &allocation.address).is_none() {
                 sources.insert(IpNet::from(allocation.address));
             }
         }

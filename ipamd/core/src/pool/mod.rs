@@ -23,6 +23,7 @@ mod subnets;
 mod tests;
 mod view;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 
@@ -41,6 +42,7 @@ use crate::ledger::{Allocation, LedgerState, Record};
 use crate::netplan::NodePlan;
 use crate::ports::{CloudError, CloudReply, CloudRequest, EniView, InstanceLimits, KernelReport, PodsSeen, Want};
 use crate::settings::Settings;
+use crate::target::Counts;
 
 /// ADDs that wait at once; the next is refused at once, with the reason.
 pub const MAX_WAITING: usize = 1_024;
@@ -254,6 +256,8 @@ struct KernelState {
     /// Grows with every change of the plan.
     revision: u64,
     plan: Option<NodePlan>,
+    /// The version of the ledger that the plan was made from.
+    planned_from: Option<u64>,
     applied: Option<u64>,
     in_flight: bool,
     /// When to compare again although nothing changed.
@@ -270,6 +274,10 @@ struct KernelState {
 pub struct Pool {
     settings: Settings,
     ledger: LedgerState,
+    /// Grows with every change of what counts and the data path follow from.
+    version: u64,
+    /// What was counted at which version, and until when that holds.
+    counted: Cell<Option<(u64, Time, Counts)>>,
     limits: Option<InstanceLimits>,
     live: BTreeMap<EniId, Live>,
     /// ENIs as IMDS showed them last: the source of subnet CIDRs.
@@ -352,6 +360,8 @@ impl Pool {
         Self {
             settings,
             ledger,
+            version: 0,
+            counted: Cell::new(None),
             limits,
             live,
             imds: BTreeMap::new(),
@@ -440,7 +450,7 @@ impl Pool {
         let kernel =
             self.kernel.recheck_at.filter(|_| !self.kernel.in_flight && !self.rests(&setback::Subject::Kernel));
         let kernel = kernel.map(|at| (at, "the kernel is compared with the plan"));
-        let cooling = self.cooled_at.filter(|_| !self.waiting.is_empty()).map(|at| (at, "an address has cooled down"));
+        let cooling = self.cooled_at.map(|at| (at, "an address has cooled down"));
         let verify = self.verify_at.map(|at| (at, "EC2 is asked again"));
         let metadata = self.metadata_at.filter(|_| !self.rests(&setback::Subject::Action("ImdsRead".to_owned())));
         let metadata = metadata.map(|at| (at, "the instance metadata is read again"));
@@ -488,7 +498,7 @@ impl Pool {
         self.collect_leaks(now, out);
         self.program_kernel(now, out);
         self.answer_audits(now, out);
-        self.cooled_at = self.next_cooled(now);
+        self.cooled_at = if self.waiting.is_empty() { None } else { self.next_cooled(now) };
         self.paced_until = self.buckets.values().map(|bucket| bucket.ready_at(now)).filter(|at| *at > now).min();
     }
 
@@ -499,6 +509,7 @@ impl Pool {
             self.kernel.pods.routes.remove(&allocation.address);
         }
         self.ledger.apply(&record);
+        self.version += 1;
         out.records.push(record);
     }
 
@@ -508,6 +519,7 @@ impl Pool {
         for record in records.iter().rev() {
             self.ledger.revert(record);
         }
+        self.version += 1;
         let promise = |record: &Record| matches!(record, Record::Allocated(_) | Record::Released { .. });
         self.unsaved.extend(records.into_iter().filter(|record| !promise(record)));
     }
@@ -552,6 +564,7 @@ impl Pool {
         if state != self.node_state {
             let text = format!("{state:?}");
             self.node_state = state;
+            self.version += 1;
             out.note(Note::NodeStateChanged { text });
         }
     }
