@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use lab_sim::{Failure, Tally, Telling, report, run_seed, tell_seed};
+use lab_sim::fleet::{Brain, Fleet, table};
+use lab_sim::{Failure, Tally, Telling, report, run_seed, tell_seed, Shape};
 
 /// Of the story of a seed that failed.
 const TAIL: usize = 60;
@@ -24,6 +25,19 @@ struct Cli {
 enum Command {
     /// Run seeds until time or seeds run out, or one breaks a rule.
     Run(Run),
+    /// Start many nodes at once on one account, under the pool and under the add-on's policy.
+    Fleet(FleetArgs),
+}
+
+#[derive(Args)]
+struct FleetArgs {
+    #[arg(long, default_value_t = 1_000)]
+    nodes: u32,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Only the first shape, whose figures are the last line.
+    #[arg(long)]
+    brief: bool,
 }
 
 #[derive(Args)]
@@ -67,10 +81,16 @@ impl StoryPart {
 }
 
 fn main() -> ExitCode {
-    let Command::Run(run) = Cli::parse().command;
+    match Cli::parse().command {
+        Command::Run(args) => run(&args),
+        Command::Fleet(args) => fleet(&args),
+    }
+}
+
+fn run(run: &Run) -> ExitCode {
     let (tally, failures) = match run.seed {
-        Some(seed) => replay(seed, &run),
-        None => explore(&run),
+        Some(seed) => replay(seed, run),
+        None => explore(run),
     };
     for failure in &failures {
         if run.seed.is_none() {
@@ -79,6 +99,33 @@ fn main() -> ExitCode {
     }
     println!("sim: seeds={} steps={} violations={}", tally.seeds, tally.steps, failures.len());
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The first is the one that is judged; the others show what the limits make of other nodes.
+const SHAPES: [Shape; 4] = [
+    Shape::singles("m5.large", 16),
+    Shape::singles("m5.large", 27),
+    Shape::prefixes("m5.large", 0, 12),
+    Shape::prefixes("m5.large", 7, 110),
+];
+
+fn fleet(args: &FleetArgs) -> ExitCode {
+    let mut last = String::new();
+    for shape in SHAPES.into_iter().take(if args.brief { 1 } else { SHAPES.len() }) {
+        let fleet = Fleet { seed: args.seed, ..Fleet::new(args.nodes, shape.clone()) };
+        let (ours, addon) = (fleet.run(Brain::Ours), fleet.run(Brain::AddOn));
+        println!("{}", table(&shape, args.nodes, &ours, &addon));
+        if last.is_empty() {
+            let ratio = |of: Option<f64>| of.map_or_else(|| "never".to_owned(), |ratio| format!("{ratio:.2}"));
+            last = format!(
+                "fleet: ours_over_floor={} addon_over_floor={}",
+                ratio(ours.over_floor()),
+                ratio(addon.over_floor())
+            );
+        }
+    }
+    println!("{last}");
+    ExitCode::SUCCESS
 }
 
 fn replay(seed: u64, run: &Run) -> (Tally, Vec<Failure>) {
