@@ -149,6 +149,15 @@ impl Ec2 {
         self.with(now, |world| look(world.state.enis()))
     }
 
+    /// Addresses of a subnet that may be picked, and whether a /28 may be; `None` if there is no such subnet.
+    pub fn room(&self, now: Time, subnet: &SubnetId) -> Option<(u32, bool)> {
+        self.with(now, |world| {
+            let mut pool = world.state.subnets.get(subnet)?.pool.clone();
+            let addresses = pool.available();
+            Some((addresses, pool.pick_prefix(&mut crate::rng::Rng::new(0)).is_some()))
+        })
+    }
+
     /// Who signed the request; refused in EC2's words if nobody did, or wrongly, or too long ago.
     pub fn authenticate(&self, now: Time, request: &SignedRequest<'_>) -> Result<Caller, ApiError> {
         self.with(now, |world| {

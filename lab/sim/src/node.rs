@@ -28,6 +28,8 @@ use crate::tally::Tally;
 
 /// The longest a call may take; the adapter answers `Timeout` then, whatever becomes of the call.
 const CALL_DEADLINE_MS: u64 = 20_000;
+/// Turns of the loop within one millisecond.
+const TURNS_MOST: u32 = 500;
 /// How often the queue of releases is looked at.
 const RELEASES_EVERY_MS: u64 = 2_000;
 
@@ -97,6 +99,8 @@ pub struct Node<P> {
     pub(crate) asked: BTreeMap<RequestId, Asker>,
     next_request: u64,
     wake: Option<Time>,
+    /// Turns of the loop at this moment.
+    turns: (Time, u32),
     /// The daemon dies at the boundary after so many more effects, and stays away so long.
     crash: Option<(u32, u64)>,
     pub(crate) state: NodeState,
@@ -127,6 +131,7 @@ impl<P: Policy> Node<P> {
             asked: BTreeMap::new(),
             next_request: 1,
             wake: None,
+            turns: (now, 0),
             crash: None,
             state: NodeState::default(),
             given_back: BTreeSet::new(),
@@ -148,6 +153,11 @@ impl<P: Policy> Node<P> {
     pub fn advance(&mut self, now: Time, scene: &mut Scene<'_>) {
         while let Some(happening) = self.queue.pop(now) {
             self.happens(happening, now, scene);
+        }
+        self.turns = if self.turns.0 == now { (now, self.turns.1 + 1) } else { (now, 0) };
+        if self.turns.1 > TURNS_MOST {
+            let text = format!("{TURNS_MOST} turns within a millisecond");
+            self.watch.broken(Rule::Spins, text);
         }
         let due = self.wake.is_some_and(|at| at <= now);
         if self.daemon.is_some() && (due || !self.inbox.is_empty()) {

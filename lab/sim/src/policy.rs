@@ -4,6 +4,7 @@ use flatwire_core::ids::Time;
 use flatwire_core::ledger::{LedgerState, Record};
 use flatwire_core::pool::{Command, Event, Pool};
 use flatwire_core::settings::Settings;
+use flatwire_core::target::Target;
 
 /// A daemon's brain, without the daemon: facts in, wishes out. The contract is that of `flatwire_core::pool::Pool`.
 pub trait Policy {
@@ -17,8 +18,8 @@ pub trait Policy {
     fn ledger(&self) -> &LedgerState;
     /// Addresses it could hand out this moment without cutting a cool-down short.
     fn free_now(&self, now: Time) -> u32;
-    /// What it still wants of the cloud, in words; `None` if the pool is as it should be.
-    fn wants(&self, now: Time) -> Option<String>;
+    /// What it still wants of the cloud; `None` if the pool is as it should be, or nothing is known yet.
+    fn target(&self, now: Time) -> Option<Target>;
 }
 
 impl Policy for Pool {
@@ -46,8 +47,7 @@ impl Policy for Pool {
         Pool::free_now(self, now)
     }
 
-    fn wants(&self, now: Time) -> Option<String> {
-        let target = self.status(now).target?;
-        (target.wanted != flatwire_core::target::Wanted::Enough).then(|| format!("{:?}: {}", target.wanted, target.why))
+    fn target(&self, now: Time) -> Option<Target> {
+        self.status(now).target
     }
 }

@@ -40,8 +40,4 @@ impl<T> Queue<T> {
     pub fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
         self.due.retain(|_, what| keep(what));
     }
-
-    pub fn values(&self) -> impl Iterator<Item = &T> {
-        self.due.values()
-    }
 }

@@ -21,7 +21,7 @@ pub struct Failure {
 pub fn run_seed(seed: u64) -> (Tally, Option<Failure>) {
     let scenario = Scenario::from_seed(seed);
     let mut world: World<Pool> = World::new(&scenario, Telling::Nothing);
-    let broken = world.play(&scenario).err();
+    let broken = world.play().err();
     (world.tally, broken.map(|violation| Failure { seed, violation }))
 }
 
@@ -29,7 +29,7 @@ pub fn run_seed(seed: u64) -> (Tally, Option<Failure>) {
 pub fn tell_seed(seed: u64, telling: Telling) -> (String, u64) {
     let scenario = Scenario::from_seed(seed);
     let mut world: World<Pool> = World::new(&scenario, telling);
-    let broken = world.play(&scenario).err();
+    let broken = world.play().err();
     let mut text = String::new();
     let vars: Vec<String> = scenario.vars.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let subnets: Vec<&str> = scenario.subnets.iter().map(|plan| plan.cidr).collect();

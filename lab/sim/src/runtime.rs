@@ -62,6 +62,8 @@ pub struct Pod {
     pub name: PodName,
     pub sandbox: Option<SandboxNo>,
     pub running: bool,
+    /// ADDs that failed so far.
+    failures: u32,
 }
 
 #[derive(Debug, Clone)]
@@ -138,7 +140,7 @@ impl<P: Policy> Node<P> {
             let known = self.runtime.happens(self.runtime.habits.name_again);
             let name = if known { format!("again-{}", number % 3) } else { format!("p{number}") };
             let name = PodName { namespace: "sim".to_owned(), name };
-            self.runtime.pods.insert(number, Pod { name, sandbox: None, running: false });
+            self.runtime.pods.insert(number, Pod { name, sandbox: None, running: false, failures: 0 });
             let at = now.plus_ms(self.runtime.dice.between(0, 50));
             self.queue.push(at, Happening::Pod(number, PodStep::Starts));
             if let Some(life_ms) = life_ms {
@@ -337,7 +339,8 @@ impl<P: Policy> Node<P> {
         let pod = sandbox.pod;
         if let Some(known) = self.runtime.pods.get_mut(&pod) {
             known.sandbox = None;
-            let at = now.plus_ms(self.runtime.dice.between(2_000, 12_000));
+            known.failures += 1;
+            let at = now.plus_ms(self.runtime.dice.between(2_000, 12_000) * u64::from(known.failures.min(6)));
             self.queue.push(at, Happening::Pod(pod, PodStep::Starts));
         }
         self.end_sandbox(number, now, scene);

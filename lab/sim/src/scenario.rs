@@ -107,8 +107,6 @@ pub struct Scenario {
     pub throttle: bool,
     /// What happens when, in milliseconds from the beginning.
     pub acts: Vec<(u64, Act)>,
-    /// How long after `Quiet` everything may take to settle.
-    pub settle_ms: u64,
 }
 
 impl Scenario {
@@ -127,7 +125,6 @@ impl Scenario {
             page_size: 100,
             throttle: true,
             acts: Vec::new(),
-            settle_ms: 3_600_000,
         }
     }
 

@@ -1,13 +1,13 @@
 //! After the faults: everything must come right by itself, within a bounded time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use flatwire_core::ids::{DeviceIndex, EniId};
+use flatwire_core::ids::{DeviceIndex, EniId, SubnetId};
 use flatwire_core::ledger::Progress;
 use flatwire_core::limits;
 use flatwire_core::pool::Event;
-use flatwire_core::target::{Mode, PREFIX_SIZE};
+use flatwire_core::target::{Mode, PREFIX_SIZE, Wanted};
 use ipnet::IpNet;
 use lab_ec2::EniInfo;
 
@@ -15,54 +15,61 @@ use crate::cloud::list;
 use crate::invariants::{Rule, TAG_INSTANCE, Violation};
 use crate::node::Asker;
 use crate::policy::Policy;
-use crate::scenario::Scenario;
 use crate::world::World;
 
 /// How long between two looks.
 const LOOK_EVERY_MS: u64 = 60_000;
 /// Everything must hold for so many looks in a row.
 const HOLDS_FOR: u32 = 3;
+/// The longest rest after a failure is ten minutes and half again; several may follow each other.
+const SOON_MS: u64 = 3_600_000;
+/// Leaked ENIs are looked for every hour or two, marked, and deleted later.
+const LEAKS_MS: u64 = 4 * 3_600_000;
 
 type Check<P> = fn(&World<P>) -> Option<String>;
 
 impl<P: Policy> World<P> {
-    /// What is wrong although all has been quiet for a while; `None` if nothing is.
-    pub fn unsettled(&self) -> Option<String> {
-        let checks: [Check<P>; 8] = [
-            Self::daemon_runs,
-            Self::pods_run,
-            Self::nothing_is_under_way,
-            Self::pool_is_as_wanted,
-            Self::ledger_is_cloud,
-            Self::ledger_is_runtime,
-            Self::kernel_is_ledger,
-            Self::nothing_has_leaked,
+    /// What is wrong now, and how long after the faults it may be.
+    fn wrong(&self) -> Vec<(String, u64)> {
+        let checks: [(Check<P>, u64); 9] = [
+            (Self::daemon_runs, SOON_MS),
+            (Self::pods_run, SOON_MS),
+            (Self::nothing_is_under_way, SOON_MS),
+            (Self::pool_is_as_wanted, SOON_MS),
+            (Self::ledger_is_cloud, SOON_MS),
+            (Self::ledger_is_runtime, SOON_MS),
+            (Self::kernel_is_ledger, SOON_MS),
+            (Self::audit_is_clean, SOON_MS),
+            (Self::nothing_has_leaked, LEAKS_MS),
         ];
-        checks.iter().find_map(|check| check(self))
+        checks.iter().filter_map(|(check, by)| Some((check(self)?, *by))).collect()
     }
 
     /// The whole of a scenario: its timeline, then quiet, then everything comes right.
-    pub fn play(&mut self, scenario: &Scenario) -> Result<(), Violation> {
+    pub fn play(&mut self) -> Result<(), Violation> {
         if let Some(end) = self.timeline_ends() {
             self.run_until(end)?;
         }
-        let until = self.now.plus_ms(scenario.settle_ms);
+        self.settle()
+    }
+
+    /// Runs until everything has been right for a while, or has been wrong for too long.
+    pub fn settle(&mut self) -> Result<(), Violation> {
+        let begin = self.now;
         let mut held = 0;
-        loop {
+        while held < HOLDS_FOR {
             self.clear_wrecks();
-            self.node.gc();
             self.node.ask(Asker::Audit, |request| Event::Audit { request });
             self.run(LOOK_EVERY_MS)?;
-            let wrong = self.unsettled();
-            held = if wrong.is_none() { held + 1 } else { 0 };
-            if held >= HOLDS_FOR {
-                return Ok(());
-            }
-            if let Some(wrong) = wrong.filter(|_| self.now >= until) {
-                self.broken(Rule::Settles, wrong);
+            let quiet_ms = self.now.since_ms(begin);
+            let wrong = self.wrong();
+            held = if wrong.is_empty() { held + 1 } else { 0 };
+            if let Some((text, _)) = wrong.into_iter().find(|(_, by)| quiet_ms >= *by) {
+                self.broken(Rule::Settles, text);
                 return self.verdict();
             }
         }
+        Ok(())
     }
 
     fn daemon_runs(&self) -> Option<String> {
@@ -106,25 +113,38 @@ impl<P: Policy> World<P> {
     }
 
     fn pool_is_as_wanted(&self) -> Option<String> {
-        let wants = self.node.daemon()?.wants(self.now)?;
-        let full = usize::try_from(self.capacity()).is_ok_and(|most| self.node.runtime.pods.len() >= most);
-        (self.node.settings.provisioning && !full && self.could_take_more()).then(|| format!("the pool wants {wants}"))
+        let target = self.node.daemon()?.target(self.now)?;
+        if !self.node.settings.provisioning {
+            return None;
+        }
+        if target.wanted != Wanted::Enough && self.could_take(matches!(target.wanted, Wanted::Prefixes(_))) {
+            return Some(format!("the pool wants {}: {}", target.wanted, target.why));
+        }
+        None
     }
 
-    /// There is a free slot on an ENI of the node, or room for another ENI.
-    fn could_take_more(&self) -> bool {
+    /// There is a free slot on an ENI of the node or room for another ENI, and a subnet that could fill it.
+    fn could_take(&self, prefix: bool) -> bool {
         let settings = &self.node.settings;
         let ledger = self.node.daemon().map(Policy::ledger);
         let node = ledger.and_then(|ledger| ledger.node.as_ref());
         let Some(kind) = node.and_then(|node| limits::lookup(&node.instance_type)) else { return false };
+        // Asked first: the look at the ENIs holds EC2.
+        let rooms: BTreeMap<&SubnetId, (u32, bool)> =
+            self.subnets.iter().filter_map(|subnet| Some((subnet, self.ec2.room(self.now, subnet)?))).collect();
+        let gives = |subnet: &SubnetId, more: u32| {
+            let (addresses, block) = rooms.get(subnet).copied().unwrap_or_default();
+            if prefix { block && addresses >= 16 + more } else { addresses > more }
+        };
         let most = kind.max_enis.min(settings.max_eni.unwrap_or(u32::MAX));
         self.with_enis_here(|enis| {
-            let mine = |eni: &&&EniInfo| {
+            let ours = |eni: &&&EniInfo| {
                 eni.tags.contains_key(TAG_INSTANCE) || (is_primary(eni) && !settings.custom_networking)
             };
-            let room = enis.iter().filter(mine).any(|eni| eni.slots() < kind.ipv4_per_eni);
+            let slot = |eni: &&EniInfo| eni.slots() < kind.ipv4_per_eni && gives(&eni.subnet, 0);
             let reserve = usize::from(settings.trunk_reserve);
-            room || usize::try_from(most).is_ok_and(|most| enis.len() + reserve < most)
+            let room = usize::try_from(most).is_ok_and(|most| enis.len() + reserve < most);
+            enis.iter().filter(ours).any(|eni| slot(eni)) || room && self.eligible.iter().any(|subnet| gives(subnet, 1))
         })
     }
 
@@ -167,6 +187,14 @@ impl<P: Policy> World<P> {
         let programmed: BTreeSet<&EniId> = self.node.kernel.programmed().collect();
         let differs = planned != programmed || !self.node.kernel.ruleset_stands();
         differs.then(|| format!("programmed are [{}], the ledger has [{}]", list(programmed), list(planned)))
+    }
+
+    fn audit_is_clean(&self) -> Option<String> {
+        let Some(report) = &self.node.audit else { return Some("no audit was answered".to_owned()) };
+        (!report.is_clean()).then(|| {
+            let findings = report.findings.iter().map(|f| format!("{} {}: {};", f.kind.as_str(), f.object, f.text));
+            format!("the audit is not clean: {}", list(findings))
+        })
     }
 
     fn nothing_has_leaked(&self) -> Option<String> {

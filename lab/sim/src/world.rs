@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use flatwire_core::ids::{DeviceIndex, EniId, InstanceId, SubnetId, Time, VpcId};
+use flatwire_core::ids::{DeviceIndex, EniId, InstanceId, SubnetId, Time};
 use flatwire_core::pool::{EniConfig, Level};
 use flatwire_core::settings::Settings;
 use ipnet::IpNet;
@@ -51,8 +51,9 @@ pub struct World<P> {
     pub tally: Tally,
     pub neighbours: Neighbours,
     instance: InstanceId,
-    pub(crate) vpc: VpcId,
-    pub(crate) subnet: SubnetId,
+    pub(crate) subnets: Vec<SubnetId>,
+    /// Subnets that new ENIs may be made in.
+    pub(crate) eligible: Vec<SubnetId>,
     operators: Vec<EniId>,
     faults: Faults,
     acts: Queue<Act>,
@@ -106,7 +107,7 @@ impl<P: Policy> World<P> {
         for (ms, act) in &scenario.acts {
             acts.push(now.plus_ms(*ms), act.clone());
         }
-        let neighbours = Neighbours::new(subnets, dice.split());
+        let neighbours = Neighbours::new(subnets.clone(), dice.split());
         Self {
             now,
             ec2,
@@ -115,8 +116,8 @@ impl<P: Policy> World<P> {
             tally: Tally { seeds: 1, ..Tally::default() },
             neighbours,
             instance,
-            vpc,
-            subnet,
+            eligible: eligible(scenario, &subnets),
+            subnets,
             operators: Vec::new(),
             faults: Faults::default(),
             acts,
@@ -247,7 +248,8 @@ impl<P: Policy> World<P> {
             true => Tags::from([(TAG_NO_MANAGE.to_owned(), "true".to_owned())]),
             false => Tags::new(),
         };
-        let Ok(eni) = self.ec2.create_eni(self.now, &self.subnet, &[], "an operator's", tags) else { return };
+        let Some(subnet) = self.subnets.first() else { return };
+        let Ok(eni) = self.ec2.create_eni(self.now, subnet, &[], "an operator's", tags) else { return };
         let taken: BTreeSet<u32> = self.enis_here().iter().map(|(_, device)| device.0).collect();
         let device = (1..15).rev().find(|device| !taken.contains(device)).unwrap_or(1);
         match self.ec2.attach_eni(self.now, &eni, &self.instance, DeviceIndex(device), 0) {
@@ -334,4 +336,14 @@ impl<P: Policy> World<P> {
     pub(crate) fn broken(&mut self, rule: Rule, text: String) {
         self.node.watch.broken(rule, text);
     }
+}
+
+/// The ENIConfig's subnet; else the node's own and, with discovery, those that are tagged.
+fn eligible(scenario: &Scenario, subnets: &[SubnetId]) -> Vec<SubnetId> {
+    if let Some(subnet) = scenario.eni_config.and_then(|at| subnets.get(at)) {
+        return vec![subnet.clone()];
+    }
+    let discovery = !scenario.vars.iter().any(|(name, value)| *name == "ENABLE_SUBNET_DISCOVERY" && value == "false");
+    let plans = scenario.subnets.iter().enumerate().zip(subnets);
+    plans.filter(|((at, plan), _)| *at == 0 || discovery && plan.tagged).map(|(_, subnet)| subnet.clone()).collect()
 }

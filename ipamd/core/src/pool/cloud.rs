@@ -337,6 +337,10 @@ impl Pool {
             }
             Op::Delete(eni) if kind == K::NotFound => self.forget_eni(&eni, "deleted", now, out),
             Op::Settle(eni) | Op::Delete(eni) => {
+                if kind == K::Busy {
+                    // Perhaps it was never detached.
+                    self.verify_by(now.plus_ms(VERIFY_AGAIN_MS));
+                }
                 self.set_back(Subject::Eni(eni.clone()), eni.to_string(), error, now, out);
             }
             Op::Program { .. } => {}

@@ -39,6 +39,7 @@ impl Pool {
             let text = if metadata.terminating { "EC2 has announced its end" } else { "its end is called off" };
             out.note(Note::NodeStateChanged { text: text.to_owned() });
         }
+        let known_groups = self.ledger.node.as_ref().map(|node| node.security_groups.clone()).unwrap_or_default();
         let facts = NodeFacts {
             instance: metadata.instance,
             instance_type: metadata.instance_type,
@@ -47,7 +48,11 @@ impl Pool {
             vpc: metadata.vpc,
             vpc_cidrs: metadata.vpc_cidrs,
             primary_eni: primary.id.clone(),
-            security_groups: primary.security_groups.clone(),
+            // No ENI is without a group: an empty list is a reading that failed.
+            security_groups: match primary.security_groups.is_empty() {
+                true => known_groups,
+                false => primary.security_groups.clone(),
+            },
         };
         let first_boot = match &self.ledger.node {
             None => true,
@@ -62,7 +67,10 @@ impl Pool {
         };
         let news = self.ledger.node.as_ref() != Some(&facts);
         if news {
-            self.limits = limits::lookup(&facts.instance_type).map(|t| t.limits());
+            let same_type = self.limits.as_ref().is_some_and(|limits| limits.instance_type == facts.instance_type);
+            if !same_type {
+                self.limits = limits::lookup(&facts.instance_type).map(|t| t.limits());
+            }
             self.record(Record::Node(facts.clone()), out);
         }
         self.imds = metadata.enis.iter().map(|eni| (eni.id.clone(), eni.clone())).collect();
@@ -160,7 +168,7 @@ impl Pool {
     }
 
     fn not_ours(&mut self, view: &EniView) {
-        if self.ledger.enis.get(&view.id).is_some_and(|eni| eni.leaving.is_none()) {
+        if self.ledger.enis.contains_key(&view.id) {
             self.unmanaged.insert(view.id.clone());
         } else if view.card == 0 {
             self.foreign.insert(view.device, Some(view.id.clone()));
@@ -252,8 +260,11 @@ impl Pool {
         let Some(record) = self.ledger.enis.get(&view.id).cloned() else { return };
         let mut next = record.clone();
         next.created |= self.made_by_us(view);
+        // It was detached: a reading that shows it attached is believed only when it cannot be older than that.
         let detached = record.leaving.is_some() && record.progress == Progress::Created;
-        if view.attachment.is_some() && !detached {
+        let lags = |live: &Live| asked_at.since_ms(live.changed_at) < READINGS_LAG_MS;
+        let lagging = detached && self.live.get(&view.id).is_none_or(lags);
+        if view.attachment.is_some() && !lagging {
             next.attachment = view.attachment.clone();
             next.device = view.device;
             next.card = view.card;

@@ -24,6 +24,9 @@ const LOOK_EVERY_MS: u64 = 30_000;
 
 impl Pool {
     pub(super) fn give_back(&mut self, now: Time, out: &mut Out) {
+        if !self.may_give_back() || !self.waiting.is_empty() {
+            self.lift_fences(out);
+        }
         if !self.may_give_back() {
             self.release_at = None;
             return;
@@ -90,6 +93,25 @@ impl Pool {
     fn has_idle_eni(&self) -> bool {
         let empty = |eni: &&EniRecord| !self.ledger.pods.values().any(|a| a.eni == eni.id);
         self.ledger.enis.values().filter(|eni| eni.device != DeviceIndex::PRIMARY && eni.created).any(|eni| empty(&eni))
+    }
+
+    /// Takes back what was decided and not yet asked of EC2: whoever waits comes before what is to go.
+    fn lift_fences(&mut self, out: &mut Out) {
+        let certain = |pool: &Self, eni: &EniId| {
+            let fenced = pool.live.get(eni).is_some_and(|live| live.fenced_at.is_some() && !live.fence_uncertain);
+            fenced && !pool.under_way(|op| op.changes() == Some(eni))
+        };
+        let slots = self.ledger.releasing.iter().filter(|(eni, _)| certain(self, eni));
+        let slots: Vec<(EniId, BTreeSet<IpNet>)> = slots.map(|(eni, slots)| (eni.clone(), slots.clone())).collect();
+        let leaving = |eni: &&EniRecord| eni.leaving.is_some() && eni.progress >= Progress::Attached;
+        let enis = self.ledger.enis.values().filter(leaving).filter(|eni| certain(self, &eni.id));
+        let enis: Vec<EniId> = enis.map(|eni| eni.id.clone()).collect();
+        for (eni, slots) in slots {
+            self.keep(&eni, slots, "it is needed, or nothing may be given back now", out);
+        }
+        for eni in enis {
+            self.stay(&eni, "it is needed, or nothing may be given back now", out);
+        }
     }
 
     /// Every ENI in service with how long each of its slots has served nobody.
