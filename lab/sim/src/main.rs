@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lab_sim::fleet::{Brain, Fleet, table};
-use lab_sim::{Failure, Tally, Telling, report, run_seed, tell_seed, Shape};
+use lab_sim::{Failure, Shape, Tally, Telling, report, run_seed, tell_seed};
 
 /// Of the story of a seed that failed.
 const TAIL: usize = 60;
@@ -109,14 +109,18 @@ const SHAPES: [Shape; 4] = [
     Shape::prefixes("m5.large", 7, 110),
 ];
 
+/// More than this over the floor is a failure.
+const MOST_OVER_FLOOR: f64 = 1.2;
+
 fn fleet(args: &FleetArgs) -> ExitCode {
-    let mut last = String::new();
+    let (mut last, mut good) = (String::new(), true);
     for shape in SHAPES.into_iter().take(if args.brief { 1 } else { SHAPES.len() }) {
         let fleet = Fleet { seed: args.seed, ..Fleet::new(args.nodes, shape.clone()) };
         let (ours, addon) = (fleet.run(Brain::Ours), fleet.run(Brain::AddOn));
         println!("{}", table(&shape, args.nodes, &ours, &addon));
         if last.is_empty() {
             let ratio = |of: Option<f64>| of.map_or_else(|| "never".to_owned(), |ratio| format!("{ratio:.2}"));
+            good = ours.over_floor().is_some_and(|ratio| ratio <= MOST_OVER_FLOOR);
             last = format!(
                 "fleet: ours_over_floor={} addon_over_floor={}",
                 ratio(ours.over_floor()),
@@ -125,7 +129,7 @@ fn fleet(args: &FleetArgs) -> ExitCode {
         }
     }
     println!("{last}");
-    ExitCode::SUCCESS
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn replay(seed: u64, run: &Run) -> (Tally, Vec<Failure>) {

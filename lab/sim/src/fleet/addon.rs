@@ -17,7 +17,7 @@ use flatwire_core::ports::{CloudReply, CloudRequest, Metadata, Want};
 use flatwire_core::target::PREFIX_SIZE;
 use lab_ec2::{ApiError, Caller, Ec2, PageAsked, Params};
 
-use super::{Member, ONE_WAY_MS, caller};
+use super::{AGAIN_MS, Member, ONE_WAY_MS, caller};
 use crate::dice::Dice;
 use crate::shape::Shape;
 
@@ -93,7 +93,7 @@ impl<'e> AddOnNode<'e> {
                 self.served.push(now);
                 self.tries.remove(&pod);
             } else {
-                self.tries.insert(pod, now.plus_ms(self.dice.between(2_000, 12_000)));
+                self.tries.insert(pod, now.plus_ms(self.dice.between(AGAIN_MS, AGAIN_MS * 3 / 2)));
             }
         }
     }

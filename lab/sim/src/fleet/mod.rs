@@ -28,9 +28,12 @@ const BEGIN: Time = Time(1_800_000_000_000);
 const KEY: &str = "AKIANODE";
 /// One way to EC2 or back takes so long at most.
 const ONE_WAY_MS: u64 = 300;
+/// The kubelet's pause before it tries a pod again, and half as long again at most.
+const AGAIN_MS: u64 = 10_000;
 /// Who is not served by then never is.
 const GIVE_UP_MS: u64 = 24 * 3_600_000;
 const WHOLE: u64 = 1_000;
+const NODES_PER_VPC: u32 = 250;
 
 /// What is launched where.
 #[derive(Debug, Clone)]
@@ -131,19 +134,25 @@ impl Fleet {
     fn launch(&self) -> (Ec2, impl Iterator<Item = InstanceId>) {
         let fits = "invariant: the account of a fleet can be set up";
         let max_enis = self.nodes.saturating_mul(16).max(5_000);
-        let options =
-            Options { seed: self.seed, throttle: Some(self.buckets.clone()), max_enis, ..Options::default() };
+        let options = Options { seed: self.seed, throttle: Some(self.buckets.clone()), max_enis, ..Options::default() };
         let ec2 = Ec2::new(options);
         ec2.share_buckets(self.others);
-        let vpc = ec2.create_vpc(BEGIN, "10.0.0.0/16".parse().expect(fits), "fleet").expect(fits);
-        let subnet: SubnetId =
-            ec2.create_subnet(BEGIN, &vpc, "10.0.0.0/16".parse().expect(fits), None, Default::default()).expect(fits);
-        let run = RunInstance {
-            ipv4_prefix_count: self.shape.at_launch,
-            ..RunInstance::new(self.shape.instance_type, subnet)
-        };
-        let launched: Vec<InstanceId> =
-            (0..self.nodes).map(|_| ec2.run_instance(BEGIN, &run).expect("invariant: the subnet is large")).collect();
+        let cidr = "10.0.0.0/16".parse().expect(fits);
+        let mut subnet: Option<SubnetId> = None;
+        let mut launched = Vec::new();
+        for number in 0..self.nodes {
+            // The buckets are the account's, so it matters to nobody how many VPCs there are; addresses must not run out.
+            let here = subnet.take().filter(|_| number % NODES_PER_VPC != 0).unwrap_or_else(|| {
+                let vpc = ec2.create_vpc(BEGIN, cidr, "fleet").expect(fits);
+                ec2.create_subnet(BEGIN, &vpc, cidr, None, Default::default()).expect(fits)
+            });
+            let run = RunInstance {
+                ipv4_prefix_count: self.shape.at_launch,
+                ..RunInstance::new(self.shape.instance_type, here.clone())
+            };
+            launched.push(ec2.run_instance(BEGIN, &run).expect(fits));
+            subnet = Some(here);
+        }
         (ec2, launched.into_iter())
     }
 }
@@ -188,8 +197,9 @@ struct OurNode<'e> {
 impl<'e> OurNode<'e> {
     fn new(ec2: &'e Ec2, instance: InstanceId, shape: &Shape, dice: Dice, now: Time) -> Box<Self> {
         let cloud = Cloud { caller: caller(), instance, page_size: 100, describe_lag_ms: 0, imds_partial: false };
+        let habits = Habits { again_ms: AGAIN_MS, ..Habits::default() };
         let pace = Pace { cloud_ms: ONE_WAY_MS, kernel_ms: 20, slow_percent: 0 };
-        let node = Node::new(shape.settings(), cloud, Habits::default(), pace, dice, now);
+        let node = Node::new(shape.settings(), cloud, habits, pace, dice, now);
         let (story, tally) = (Story::new(Telling::Nothing, now), Tally::default());
         let mut new = Self { ec2, node, served: Vec::new(), story, tally };
         new.advance(now);
@@ -215,5 +225,49 @@ impl Member for OurNode<'_> {
 
     fn served(&self) -> &[Time] {
         &self.served
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sixty nodes in an account with six hundredths of the published buckets, a third of which others use up.
+    fn sixty(shape: Shape) -> Fleet {
+        let hundredths = |bucket: Bucket| Bucket { burst: bucket.burst * 6 / 100, per_second: bucket.per_second / 5 };
+        let mut buckets = Buckets::published();
+        buckets.non_mutating = hundredths(buckets.non_mutating);
+        buckets.mutating = hundredths(buckets.mutating);
+        buckets.actions.values_mut().for_each(|bucket| *bucket = hundredths(*bucket));
+        // Six hundredths of two thirds are a fifth of a fifth.
+        Fleet { buckets, others: 800, ..Fleet::new(60, shape) }
+    }
+
+    #[test]
+    fn the_floor_is_what_the_slowest_bucket_leaves_room_for() {
+        let fleet = Fleet { others: 0, ..Fleet::new(1_000, Shape::singles("m5.large", 16)) };
+        assert_eq!(fleet.floor_ms(), 190_000, "AttachNetworkInterface");
+        let fleet = Fleet { others: 0, ..Fleet::new(1_000, Shape::singles("m5.large", 27)) };
+        assert_eq!(fleet.floor_ms(), 390_000, "two each");
+        let fleet = Fleet { others: 0, ..Fleet::new(1_000, Shape::prefixes("m5.large", 0, 12)) };
+        assert_eq!(fleet.floor_ms(), 180_000, "AssignPrivateIpAddresses");
+        assert_eq!(Fleet::new(1_000, Shape::prefixes("m5.large", 7, 110)).floor_ms(), 0);
+    }
+
+    #[test]
+    fn a_fleet_that_starts_at_once_is_served_within_a_fifth_over_the_floor() {
+        let fleet = sixty(Shape::singles("m5.large", 16));
+        let (ours, addon) = (fleet.run(Brain::Ours), fleet.run(Brain::AddOn));
+        assert_eq!((ours.floor_ms, ours.waits_ms.len()), (285_000, 60 * 16));
+        let ratio = ours.over_floor().unwrap();
+        assert!((1.0..=1.2).contains(&ratio), "{ratio}\n{ours:?}");
+        assert!(addon.over_floor().is_none_or(|addon| addon > ratio), "{addon:?}");
+    }
+
+    #[test]
+    fn a_fleet_launched_with_prefixes_asks_ec2_for_nothing() {
+        let ours = sixty(Shape::prefixes("m5.large", 7, 110)).run(Brain::Ours);
+        assert_eq!((ours.waits_ms.len(), ours.calls.len()), (60 * 110, 0), "{:?}", ours.calls);
+        assert!(ours.took_ms.unwrap() < 2_000);
     }
 }
