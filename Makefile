@@ -21,6 +21,14 @@ test: need-root deps build ## Every test: unit, property, namespaces, CNI confor
 fleet: ## NODES (1000) nodes scale out at once on one account's buckets, under the pool and under the add-on's policy
 	cargo run --release -q -p lab-sim -- fleet --nodes $(or $(NODES),1000)
 
+.PHONY: crash
+crash: need-root build ## Kill the daemon at every point where it changes something, on the live lab, and compare what is left
+	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test points -- --nocapture
+
+.PHONY: restart
+restart: need-root build ## How soon a restarted daemon with 250 pods answers its first ADD, with EC2 out of reach
+	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test restart -- --nocapture
+
 .PHONY: need-root
 need-root:
 	@[ "$$(id -u)" = 0 ] || { echo 'test: network namespaces need root: sudo env "PATH=$$PATH" "HOME=$$HOME" make test' >&2; exit 2; }
@@ -33,6 +41,10 @@ build: deps ## Release binaries, all static, in target/flatwire
 	@mkdir -p $(BIN)
 	@install -m 0755 $(TARGET_DIR)/$(TRIPLE)/release/{ipamd,lab,lab-ec2} $(TARGET_DIR)/$(TRIPLE)/plugin/aws-cni $(BIN)/
 	@ls -lh $(BIN) | awk 'NR > 1 { printf "  %-8s %s\n", $$5, $$9 }'
+
+.PHONY: sim
+sim: ## A minute of fresh seeds of the simulated world (SEED=n replays one, SIM_SECONDS=n takes longer)
+	cargo run --release -q -p lab-sim -- run $(if $(SEED),--seed $(SEED),--seconds $(or $(SIM_SECONDS),60))
 
 .PHONY: lab
 lab: build ## A lab that stays up, to play with (Ctrl-C ends it)

@@ -1,60 +1,337 @@
 //! Where things are: paths, addresses and endpoints of the daemon. What the pool should do is `flatwire_core::settings`.
+//!
+//! Each is a variable, and an option of the command line that overrules it. They are read by the same strict reader as the
+//! settings of the pool, so that one start shows everything that is wrong.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
 
-use clap::Args;
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+use flatwire_core::settings::{Leniency, Reader, SettingError, Settings, WITHOUT_EFFECT};
+use tracing_subscriber::EnvFilter;
 
 /// The introspection address of the add-on, which its log collector asks.
 pub const INTROSPECTION: &str = "127.0.0.1:61679";
+/// Where the state of this node as others see it lies.
+pub const NODE_STATE: &str = "/var/run/aws-node/node-state.json";
+const LENIENT: &str = "FLATWIRE_LENIENT_SETTINGS";
 
-#[derive(Args, Debug, Clone)]
-pub struct RunArgs {
-    /// Unix socket for the plugin.
-    #[arg(long, env = "FLATWIRE_SOCKET", default_value = "/var/run/aws-node/ipamd.sock")]
+struct Place {
+    option: &'static str,
+    variable: &'static str,
+    default: &'static str,
+    meaning: &'static str,
+}
+
+const fn place(option: &'static str, variable: &'static str, default: &'static str, meaning: &'static str) -> Place {
+    Place { option, variable, default, meaning }
+}
+
+/// Every variable that is read here. `docs/settings.md` is checked against this text.
+const PLACES: &[Place] = &[
+    place("socket", "FLATWIRE_SOCKET", "/var/run/aws-node/ipamd.sock", "unix socket for the plugin"),
+    place("ledger", "FLATWIRE_LEDGER", "/var/run/aws-node/flatwire.journal", "the ledger: an append-only journal"),
+    place(
+        "checkpoint",
+        "AWS_VPC_K8S_CNI_BACKING_STORE",
+        "/var/run/aws-node/ipam.json",
+        "the add-on's state file, kept current for a rollback",
+    ),
+    place(
+        "release-queue",
+        "FLATWIRE_RELEASE_QUEUE",
+        "/var/run/aws-node/releases",
+        "where the plugin leaves releases that found no daemon",
+    ),
+    place(
+        "node-state",
+        "FLATWIRE_NODE_STATE",
+        NODE_STATE,
+        "what operators and the API server's watcher say of this node",
+    ),
+    place("metrics", "FLATWIRE_METRICS_BIND_ADDRESS", "0.0.0.0:61678", "address of the Prometheus metrics"),
+    place("disable-metrics", "DISABLE_METRICS", "false", "do not serve metrics"),
+    place("introspection", "INTROSPECTION_BIND_ADDRESS", INTROSPECTION, "address of the introspection pages"),
+    place(
+        "disable-introspection",
+        "DISABLE_INTROSPECTION",
+        "false",
+        "do not serve introspection; `ipamd status` then has nobody to ask",
+    ),
+    place("ec2-endpoint", "AWS_EC2_ENDPOINT", "", "EC2 endpoint, for a VPC endpoint or a simulated EC2"),
+    place("imds-endpoint", "AWS_EC2_METADATA_SERVICE_ENDPOINT", "", "instance metadata endpoint"),
+    place("http-timeout", "HTTP_TIMEOUT", "10", "longest wait for one HTTP answer of EC2, in seconds from 1 to 120"),
+    place(
+        "log-level",
+        "AWS_VPC_K8S_CNI_LOGLEVEL",
+        "info",
+        "debug, info, warn or error; a tracing filter such as `ipamd=debug,warn` also works",
+    ),
+    place("log-file", "AWS_VPC_K8S_CNI_LOG_FILE", "stderr", "stderr, stdout, or a file"),
+    place(
+        "network-policy-mode",
+        "NETWORK_POLICY_ENFORCING_MODE",
+        "",
+        "none, standard or strict, for the plugin and the policy agent; empty keeps the plugin away from the agent",
+    ),
+    place(
+        "lenient-settings",
+        "FLATWIRE_LENIENT_SETTINGS",
+        "false",
+        "for a take-over: warn of a bad value and use what the add-on would, instead of refusing to start",
+    ),
+];
+
+/// What the command line said of places; the rest is in the environment.
+#[derive(Debug, Clone)]
+pub struct RunArgs(BTreeMap<&'static str, String>);
+
+impl Args for RunArgs {
+    fn augment_args(command: Command) -> Command {
+        command.args(PLACES.iter().map(|place| {
+            let default =
+                if place.default.is_empty() { String::new() } else { format!(" [default: {}]", place.default) };
+            let arg = Arg::new(place.variable).long(place.option).value_name("VALUE").action(ArgAction::Set);
+            // A switch may stand without a value.
+            let arg = if place.default == "false" { arg.num_args(0..=1).default_missing_value("true") } else { arg };
+            arg.help(format!("{} [env: {}]{default}", place.meaning, place.variable))
+        }))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for RunArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let said = |place: &Place| Some((place.variable, matches.get_one::<String>(place.variable)?.clone()));
+        Ok(Self(PLACES.iter().filter_map(said).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// Everything the daemon is told before it starts.
+#[derive(Debug, Clone)]
+pub struct Config {
     pub socket: PathBuf,
-    /// The ledger: an append-only journal.
-    #[arg(long, env = "FLATWIRE_LEDGER", default_value = "/var/run/aws-node/flatwire.journal")]
     pub ledger: PathBuf,
-    /// The add-on's state file, kept current for a rollback.
-    #[arg(long, env = "AWS_VPC_K8S_CNI_BACKING_STORE", default_value = "/var/run/aws-node/ipam.json")]
     pub checkpoint: PathBuf,
-    /// Where the plugin leaves releases that found no daemon.
-    #[arg(long, env = "FLATWIRE_RELEASE_QUEUE", default_value = "/var/run/aws-node/releases")]
     pub release_queue: PathBuf,
-    /// Address of the Prometheus metrics.
-    #[arg(long, env = "FLATWIRE_METRICS_BIND_ADDRESS", default_value = "0.0.0.0:61678")]
-    pub metrics: SocketAddr,
-    /// Do not serve metrics.
-    #[arg(long, env = "DISABLE_METRICS", default_value = "false", action = clap::ArgAction::Set)]
-    pub disable_metrics: bool,
-    /// Address of the introspection pages.
-    #[arg(long, env = "INTROSPECTION_BIND_ADDRESS", default_value = INTROSPECTION)]
-    pub introspection: SocketAddr,
-    /// Do not serve introspection; `ipamd status` then has nobody to ask.
-    #[arg(long, env = "DISABLE_INTROSPECTION", default_value = "false", action = clap::ArgAction::Set)]
-    pub disable_introspection: bool,
-    /// EC2 endpoint, for a VPC endpoint or a simulated EC2.
-    #[arg(long, env = "AWS_EC2_ENDPOINT")]
+    pub node_state: PathBuf,
+    /// `None`: not served.
+    pub metrics: Option<SocketAddr>,
+    /// `None`: not served.
+    pub introspection: Option<SocketAddr>,
     pub ec2_endpoint: Option<String>,
-    /// Instance metadata endpoint.
-    #[arg(long, env = "AWS_EC2_METADATA_SERVICE_ENDPOINT")]
     pub imds_endpoint: Option<String>,
-    /// Longest wait for one HTTP answer of EC2, in seconds.
-    #[arg(long, env = "HTTP_TIMEOUT", default_value = "10", value_parser = clap::value_parser!(u64).range(1..=120))]
-    pub http_timeout: u64,
-    /// debug, info, warn or error; a tracing filter such as `ipamd=debug,warn` also works.
-    #[arg(long, env = "AWS_VPC_K8S_CNI_LOGLEVEL", default_value = "info")]
-    pub log_level: String,
-    /// stderr, stdout, or a file.
-    #[arg(long, env = "AWS_VPC_K8S_CNI_LOG_FILE", default_value = "stderr")]
+    pub http_timeout: Duration,
+    pub log_filter: String,
     pub log_file: String,
-    /// Policy mode handed to the plugin and the network policy agent; empty keeps the plugin away from the agent.
-    #[arg(
-        long,
-        env = "NETWORK_POLICY_ENFORCING_MODE",
-        default_value = "",
-        value_parser = clap::builder::PossibleValuesParser::new(["", "none", "standard", "strict"])
-    )]
+    /// As it is handed to the plugin and the policy agent.
     pub network_policy_mode: String,
+    pub settings: Settings,
+    /// Bad values that were put up with.
+    pub leniencies: Vec<Leniency>,
+    /// Variables that are set and change nothing, and why.
+    pub without_effect: Vec<(&'static str, &'static str)>,
+}
+
+/// Settings that the daemon does not start with.
+#[derive(Debug)]
+pub struct Refused(pub Vec<SettingError>);
+
+impl std::error::Error for Refused {}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("these settings are not allowed; nothing was started:")?;
+        for refusal in &self.0 {
+            write!(f, "\n  {refusal}")?;
+        }
+        let lenient = |refusal: &SettingError| matches!(refusal, SettingError::NotSupported { .. });
+        if self.0.iter().any(lenient) {
+            write!(
+                f,
+                "\nto take a node over with the variables it has, {LENIENT}=true passes over what can be passed over"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// From the command line and, beneath it, the environment. All refusals at once.
+    pub fn parse(args: &RunArgs, environment: impl Fn(&str) -> Option<String>) -> Result<Self, Refused> {
+        let lookup = |name: &str| args.0.get(name).cloned().or_else(|| environment(name));
+        let mut first = Reader::new(lookup);
+        let lenient = first.flag(LENIENT, false);
+        let mut r = Reader::new(lookup).lenient(lenient);
+        let disable_metrics = r.flag("DISABLE_METRICS", false);
+        let disable_introspection = r.flag("DISABLE_INTROSPECTION", false);
+        let metrics = address(&mut r, "FLATWIRE_METRICS_BIND_ADDRESS");
+        let introspection = address(&mut r, "INTROSPECTION_BIND_ADDRESS");
+        let mut config = Self {
+            socket: path(&r, "FLATWIRE_SOCKET"),
+            ledger: path(&r, "FLATWIRE_LEDGER"),
+            checkpoint: path(&r, "AWS_VPC_K8S_CNI_BACKING_STORE"),
+            release_queue: path(&r, "FLATWIRE_RELEASE_QUEUE"),
+            node_state: path(&r, "FLATWIRE_NODE_STATE"),
+            metrics: (!disable_metrics).then_some(metrics),
+            introspection: (!disable_introspection).then_some(introspection),
+            ec2_endpoint: r.text("AWS_EC2_ENDPOINT"),
+            imds_endpoint: r.text("AWS_EC2_METADATA_SERVICE_ENDPOINT"),
+            http_timeout: Duration::from_secs(r.number("HTTP_TIMEOUT", 1, 120, Some(10)).unwrap_or(10).into()),
+            log_filter: log_filter(&mut r),
+            log_file: text(&r, "AWS_VPC_K8S_CNI_LOG_FILE"),
+            network_policy_mode: network_policy_mode(&mut r),
+            settings: Settings::read(&mut r),
+            leniencies: Vec::new(),
+            without_effect: Vec::new(),
+        };
+        config.without_effect = WITHOUT_EFFECT.iter().filter(|(name, _)| r.text(name).is_some()).copied().collect();
+        match (first.finish(), r.finish()) {
+            (Ok(_), Ok(leniencies)) => Ok(Self { leniencies, ..config }),
+            (first, second) => Err(Refused(first.err().into_iter().chain(second.err()).flatten().collect())),
+        }
+    }
+}
+
+impl Config {
+    /// How EC2 and the metadata service are reached.
+    pub fn cloud(&self) -> flatwire_cloud::Config {
+        flatwire_cloud::Config {
+            ec2_endpoint: self.ec2_endpoint.clone(),
+            imds_endpoint: self.imds_endpoint.clone(),
+            http_timeout: self.http_timeout,
+            ..flatwire_cloud::Config::new(env!("CARGO_PKG_VERSION"))
+        }
+    }
+}
+
+fn default_of(variable: &str) -> &'static str {
+    PLACES.iter().find(|place| place.variable == variable).map_or("", |place| place.default)
+}
+
+fn text<L: Fn(&str) -> Option<String>>(r: &Reader<L>, variable: &'static str) -> String {
+    r.text(variable).unwrap_or_else(|| default_of(variable).to_owned())
+}
+
+fn path<L: Fn(&str) -> Option<String>>(r: &Reader<L>, variable: &'static str) -> PathBuf {
+    text(r, variable).into()
+}
+
+fn address<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>, variable: &'static str) -> SocketAddr {
+    let default = SocketAddr::from_str(default_of(variable)).expect("invariant: a default address is an address");
+    let Some(value) = r.text(variable) else { return default };
+    value.parse().unwrap_or_else(|_| {
+        r.refuse(
+            variable,
+            &value,
+            "an address and a port, such as 127.0.0.1:61679 (unix sockets are not supported)",
+            default,
+        );
+        default
+    })
+}
+
+/// A level, for us and at least warnings of what we stand on, or a filter as it is.
+fn log_filter<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> String {
+    let variable = "AWS_VPC_K8S_CNI_LOGLEVEL";
+    let value = text(r, variable);
+    let of_level = |level: &str| format!("{level},hyper=warn,h2=warn,aws=warn,tower=warn");
+    match value.to_ascii_lowercase().as_str() {
+        level @ ("trace" | "debug" | "info" | "warn" | "error") => of_level(level),
+        // The add-on's word for nothing but the last words.
+        "fatal" => of_level("error"),
+        // A lone word would be taken for the name of a module.
+        word if word.contains(['=', ',']) && EnvFilter::try_new(&value).is_ok() => value,
+        _ => {
+            r.refuse(variable, &value, "debug, info, warn, error, or a filter such as ipamd=debug,warn", "debug");
+            of_level("debug")
+        }
+    }
+}
+
+fn network_policy_mode<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> String {
+    let variable = "NETWORK_POLICY_ENFORCING_MODE";
+    let Some(value) = r.text(variable) else { return String::new() };
+    if !["none", "standard", "strict"].contains(&value.to_ascii_lowercase().as_str()) {
+        r.refuse_always(variable, &value, "none, standard or strict, or unset");
+    }
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(vars: &[(&str, &str)]) -> Result<Config, Refused> {
+        let environment = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
+        Config::parse(&RunArgs(BTreeMap::new()), environment)
+    }
+
+    #[test]
+    fn nothing_set_is_the_add_ons_places() {
+        let config = parse(&[("AWS_VPC_K8S_CNI_BACKING_STORE", "")]).unwrap();
+        assert_eq!(config.checkpoint, PathBuf::from("/var/run/aws-node/ipam.json"), "empty is unset");
+        assert_eq!(config.introspection, Some(INTROSPECTION.parse().unwrap()));
+        assert_eq!(config.log_file, "stderr");
+        assert!(config.log_filter.starts_with("info,"));
+    }
+
+    #[test]
+    fn the_command_line_overrules_the_environment() {
+        let command = RunArgs::augment_args(Command::new("run"));
+        let matches =
+            command.get_matches_from(["run", "--disable-metrics", "--socket", "/s", "--lenient-settings=true"]);
+        let args = RunArgs::from_arg_matches(&matches).unwrap();
+        let config = Config::parse(&args, |name| (name != "HTTP_TIMEOUT").then(|| "0".to_owned())).unwrap_err();
+        assert!(!config.to_string().contains("FLATWIRE_SOCKET"), "{config}");
+        let config = Config::parse(&args, |name| (name == "FLATWIRE_SOCKET").then(|| "/other".to_owned())).unwrap();
+        assert_eq!((config.socket.to_str(), config.metrics), (Some("/s"), None));
+    }
+
+    #[test]
+    fn one_start_shows_everything_that_is_wrong() {
+        let bad = [
+            ("DISABLE_METRICS", "yes"),
+            ("INTROSPECTION_BIND_ADDRESS", "unix:/run/x"),
+            ("HTTP_TIMEOUT", "0"),
+            ("AWS_VPC_K8S_CNI_LOGLEVEL", "chatty"),
+            ("WARM_IP_TARGET", "many"),
+            ("ENABLE_MULTI_NIC", "true"),
+        ];
+        let text = parse(&bad).unwrap_err().to_string();
+        for (variable, value) in bad {
+            assert!(text.contains(&format!("\n  {variable}={value:?} is not ")), "{variable} in {text}");
+        }
+        let lenient: Vec<_> = bad.into_iter().chain([(LENIENT, "true")]).collect();
+        let config = parse(&lenient).unwrap();
+        assert_eq!(config.leniencies.len(), bad.len());
+        assert_eq!(config.http_timeout, Duration::from_secs(10));
+        assert!(parse(&[(LENIENT, "true"), ("NETWORK_POLICY_ENFORCING_MODE", "some")]).is_err());
+        assert!(parse(&[(LENIENT, "perhaps")]).is_err(), "whether to be lenient is not read leniently");
+    }
+
+    #[test]
+    fn what_changes_nothing_is_named() {
+        let config = parse(&[("CLUSTER_ENDPOINT", "https://api"), ("ENABLE_NFTABLES", "")]).unwrap();
+        assert_eq!(config.without_effect.iter().map(|(name, _)| *name).collect::<Vec<_>>(), ["CLUSTER_ENDPOINT"]);
+    }
+
+    #[test]
+    fn levels_are_the_add_ons_and_a_filter_is_a_filter() {
+        for (value, filter) in [("DEBUG", "debug,"), ("Fatal", "error,"), ("ipamd=debug,warn", "ipamd=debug,warn")] {
+            assert!(parse(&[("AWS_VPC_K8S_CNI_LOGLEVEL", value)]).unwrap().log_filter.starts_with(filter));
+        }
+    }
 }

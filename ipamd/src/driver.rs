@@ -12,15 +12,19 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use flatwire_core::ids::{SandboxId, Time};
-use flatwire_core::ledger::Record;
-use flatwire_core::pool::{Answer, Command, Event, Failure, OpId, Pool, PoolStatus, Reason, RequestId};
+use flatwire_core::ledger::{LedgerState, Record};
+use flatwire_core::pool::{
+    Answer, Command, Event, Failure, ImportedPod, NodeState, OpId, Pool, PoolStatus, Reason, RequestId,
+};
 use flatwire_core::ports::{Cloud, CloudError, CloudErrorKind, CloudRequest, Kernel};
 use flatwire_store::journal::Journal;
 use flatwire_store::{checkpoint, releases};
 use tokio::sync::oneshot;
 
 use crate::metrics::Metrics;
+use crate::node_state::{self, NodeStateFile};
 use crate::notes;
+use crate::probe::{Effect, Point, Probe};
 
 /// Requests that may be under way at once; one more is refused.
 pub const MAX_REQUESTS: usize = 2_048;
@@ -30,13 +34,15 @@ const MAX_BATCH: usize = 256;
 const CHECKPOINT_DELAY: Duration = Duration::from_millis(200);
 /// The longest a programming of the node may take.
 const KERNEL_DEADLINE: Duration = Duration::from_secs(30);
-/// How often the folder of queued releases is looked at.
-const RELEASES_EVERY: Duration = Duration::from_secs(2);
+/// How often the folder of queued releases and the state of the node are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+type Look = Box<dyn FnOnce(&Pool, Time) + Send>;
 
 enum Input {
     Event(Event),
     Request { event: Box<dyn FnOnce(RequestId) -> Event + Send>, id: RequestId, reply: oneshot::Sender<Answer> },
-    Status(oneshot::Sender<PoolStatus>),
+    Look(Look),
     Stop(oneshot::Sender<()>),
 }
 
@@ -74,10 +80,22 @@ impl Handle {
         answer
     }
 
-    pub async fn status(&self) -> Result<PoolStatus, Unavailable> {
+    /// Looks at the pool between two steps.
+    pub async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Pool, Time) -> T + Send + 'static,
+    ) -> Result<T, Unavailable> {
         let (reply, answer) = oneshot::channel();
-        self.inputs.send(Input::Status(reply)).map_err(|_| Unavailable::Stopping)?;
+        let look = Box::new(|pool: &Pool, now| {
+            // Whoever asked may be gone.
+            let _ = reply.send(look(pool, now));
+        });
+        self.inputs.send(Input::Look(look)).map_err(|_| Unavailable::Stopping)?;
         answer.await.map_err(|_| Unavailable::Stopping)
+    }
+
+    pub async fn status(&self) -> Result<PoolStatus, Unavailable> {
+        self.look(Pool::status).await
     }
 
     /// Sends waiting pods away, writes what is unwritten, and ends the loop.
@@ -105,7 +123,7 @@ impl Drop for Abandon<'_> {
     }
 }
 
-pub struct Driver<C, K> {
+pub struct Driver<C, K, P> {
     pub pool: Pool,
     pub journal: Journal,
     pub cloud: Arc<C>,
@@ -114,6 +132,10 @@ pub struct Driver<C, K> {
     pub metrics: Arc<Metrics>,
     pub checkpoint: PathBuf,
     pub release_queue: PathBuf,
+    /// Pods of another IPAM, for the pool to take over first of all.
+    pub imported: Vec<ImportedPod>,
+    pub node_state: NodeStateFile,
+    pub probe: P,
 }
 
 /// Who waits for an answer.
@@ -123,8 +145,8 @@ enum ReplyTo {
     Queue(PathBuf),
 }
 
-struct Loop<C, K> {
-    driver: Driver<C, K>,
+struct Loop<C, K, P> {
+    driver: Driver<C, K, P>,
     inputs: Receiver<Input>,
     sender: Sender<Input>,
     replies: BTreeMap<RequestId, ReplyTo>,
@@ -133,12 +155,15 @@ struct Loop<C, K> {
     started: (Time, Instant),
     last: Time,
     checkpoint_due: Option<Time>,
-    releases_due: Time,
+    /// The checkpoint on disk names pods that are not in the ledger yet, and stays until they are.
+    checkpoint_ahead: bool,
+    look_due: Time,
     complained: std::collections::BTreeSet<PathBuf>,
+    node_state: NodeState,
     stopping: Option<oneshot::Sender<()>>,
 }
 
-impl<C: Cloud, K: Kernel> Driver<C, K> {
+impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
     /// Starts the loop on a thread of its own.
     pub fn start(self) -> std::io::Result<Handle> {
         let (sender, inputs) = channel();
@@ -149,9 +174,7 @@ impl<C: Cloud, K: Kernel> Driver<C, K> {
             under_way: Arc::new(AtomicUsize::new(0)),
         };
         // A clock set back between two lives must not make the past lie ahead.
-        let ledger = self.pool.ledger();
-        let stamps = ledger.pods.values().map(|a| a.at).chain(ledger.freed.values().copied());
-        let newest = stamps.max().unwrap_or_default();
+        let newest = newest_stamp(self.pool.ledger());
         let mut the_loop = Loop {
             driver: self,
             inputs,
@@ -161,8 +184,10 @@ impl<C: Cloud, K: Kernel> Driver<C, K> {
             started: (newest.max(wall_clock()), Instant::now()),
             last: Time::default(),
             checkpoint_due: None,
-            releases_due: Time::default(),
+            checkpoint_ahead: false,
+            look_due: Time::default(),
             complained: std::collections::BTreeSet::new(),
+            node_state: NodeState::default(),
             stopping: None,
         };
         std::thread::Builder::new().name("pool".to_owned()).spawn(move || the_loop.run())?;
@@ -170,9 +195,16 @@ impl<C: Cloud, K: Kernel> Driver<C, K> {
     }
 }
 
-impl<C: Cloud, K: Kernel> Loop<C, K> {
+impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
     fn run(&mut self) {
-        let mut events = vec![Event::Tick];
+        // Before the first step: an operator's brake holds from the start, and pods that are here are known.
+        let mut events = self.look_at_node_state(node_state::cautious());
+        let imported = std::mem::take(&mut self.driver.imported);
+        self.checkpoint_ahead = !imported.is_empty();
+        if self.checkpoint_ahead {
+            events.push(Event::Import(imported));
+        }
+        events.push(Event::Tick);
         // What the ledger says now is what a rollback should find, whether or not anything changes.
         self.checkpoint_due = Some(self.now());
         loop {
@@ -190,8 +222,8 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
     fn next_events(&mut self) -> Vec<Event> {
         let now = self.now();
         let pool = self.driver.pool.poll_deadline().map(|(at, _)| at);
-        let due = [pool, self.checkpoint_due, Some(self.releases_due)].into_iter().flatten().min().unwrap_or(now);
-        let wait = Duration::from_millis(due.since_ms(now)).min(RELEASES_EVERY);
+        let due = [pool, self.checkpoint_due, Some(self.look_due)].into_iter().flatten().min().unwrap_or(now);
+        let wait = Duration::from_millis(due.since_ms(now)).min(LOOK_EVERY) / self.driver.probe.hurry();
         let mut events = Vec::new();
         match self.inputs.recv_timeout(wait) {
             Ok(input) => self.take(input, &mut events),
@@ -214,9 +246,9 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
                 self.replies.insert(id, ReplyTo::Caller(reply));
                 events.push(event(id));
             }
-            Input::Status(reply) => {
+            Input::Look(look) => {
                 let now = self.now();
-                let _ = reply.send(self.driver.pool.status(now));
+                look(&self.driver.pool, now);
             }
             Input::Stop(done) => {
                 self.stopping = Some(done);
@@ -243,16 +275,17 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
             }
         }
         if !records.is_empty() {
-            if let Err(error) = self.driver.journal.append(&records) {
+            if let Err(error) = self.effect(Effect::Persist, |driver| driver.journal.append(&records)) {
                 let text = notes::chain(&error);
                 tracing::error!(error = %text, "the ledger could not be written; nothing of this batch was promised");
                 self.take_back(records, rest, &text);
                 return;
             }
             let touches_pods = |r: &Record| matches!(r, Record::Allocated(_) | Record::Released { .. });
-            if self.checkpoint_due.is_none() && records.iter().any(touches_pods) {
+            if records.iter().any(touches_pods) {
+                self.checkpoint_ahead = false;
                 let delay = u64::try_from(CHECKPOINT_DELAY.as_millis()).unwrap_or(0);
-                self.checkpoint_due = Some(self.last.plus_ms(delay));
+                self.checkpoint_due.get_or_insert(self.last.plus_ms(delay));
             }
         }
         for command in rest {
@@ -295,16 +328,27 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
         }
     }
 
+    /// Something the daemon changes outside its own memory, with its points.
+    fn effect<T>(&mut self, effect: Effect, act: impl FnOnce(&mut Driver<C, K, P>) -> T) -> T {
+        self.driver.probe.reached(Point::before(effect));
+        let done = act(&mut self.driver);
+        self.driver.probe.reached(Point::after(effect));
+        done
+    }
+
     fn carry_out(&mut self, command: Command) {
         match command {
             Command::Persist(_) => {}
             Command::Reply { request, answer } => self.reply(request, answer),
             Command::Cloud { op, request } => self.call_cloud(op, request),
             Command::Kernel { op, plan } => {
-                let (kernel, sender) = (self.driver.kernel.clone(), self.sender.clone());
+                let (kernel, sender, probe) =
+                    (self.driver.kernel.clone(), self.sender.clone(), self.driver.probe.clone());
                 self.driver.runtime.spawn(async move {
                     let work = async {
+                        probe.reached(Point::before(Effect::Program));
                         let report = kernel.apply(&plan).await?;
+                        probe.reached(Point::after(Effect::Program));
                         Ok((report, kernel.pods().await?))
                     };
                     let result = match tokio::time::timeout(KERNEL_DEADLINE, work).await {
@@ -319,10 +363,17 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
     }
 
     fn call_cloud(&self, op: OpId, request: CloudRequest) {
-        let (cloud, sender) = (self.driver.cloud.clone(), self.sender.clone());
+        let (cloud, sender, probe) = (self.driver.cloud.clone(), self.sender.clone(), self.driver.probe.clone());
         tracing::debug!(?op, ?request, "cloud call");
+        let effect = Effect::of(&request);
         self.driver.runtime.spawn(async move {
+            if let Some(effect) = effect {
+                probe.reached(Point::before(effect));
+            }
             let result = cloud.call(request).await;
+            if let Some(effect) = effect {
+                probe.reached(Point::after(effect));
+            }
             let _ = sender.send(Input::Event(Event::Cloud { op, result }));
         });
     }
@@ -330,14 +381,14 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
     fn reply(&mut self, request: RequestId, answer: Answer) {
         match self.replies.remove(&request) {
             Some(ReplyTo::Caller(reply)) => {
-                let _ = reply.send(answer);
+                self.effect(Effect::Reply, |_| drop(reply.send(answer)));
             }
             Some(ReplyTo::Queue(path)) => match answer {
                 Answer::Failed(failure) => {
                     tracing::warn!(path = %path.display(), why = failure.message, "queued release waits")
                 }
                 _ => {
-                    if let Err(error) = releases::settle(&path) {
+                    if let Err(error) = self.effect(Effect::Settle, |_| releases::settle(&path)) {
                         tracing::warn!(error = %notes::chain(&error), "a settled release stays in the queue");
                     }
                 }
@@ -346,22 +397,54 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
         }
     }
 
-    /// What is due by the clock: the add-on's checkpoint, the queue of releases, a shorter journal.
+    /// What is due by the clock: the add-on's checkpoint, a shorter journal, the queue of releases, the state of the node.
     fn housekeeping(&mut self) {
         let now = self.now();
         if self.checkpoint_due.is_some_and(|at| at <= now) {
             self.checkpoint_due = None;
-            if let Err(error) = checkpoint::write(&self.driver.checkpoint, self.driver.pool.ledger()) {
-                tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
+            if !self.checkpoint_ahead {
+                let written = self.effect(Effect::Checkpoint, |d| checkpoint::write(&d.checkpoint, d.pool.ledger()));
+                if let Err(error) = written {
+                    tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
+                }
             }
-            if let Err(error) = self.driver.journal.compact_if_long(self.driver.pool.ledger()) {
+            if self.driver.journal.is_long(self.driver.pool.ledger())
+                && let Err(error) = self.effect(Effect::Compact, |d| d.journal.compact(d.pool.ledger()))
+            {
                 tracing::warn!(error = %notes::chain(&error), "the ledger stays long");
             }
         }
-        if self.releases_due <= now && self.stopping.is_none() {
-            self.releases_due = now.plus_ms(u64::try_from(RELEASES_EVERY.as_millis()).unwrap_or(0));
+        if self.look_due <= now && self.stopping.is_none() {
+            self.look_due = now.plus_ms(u64::try_from(LOOK_EVERY.as_millis()).unwrap_or(0));
             self.drain_releases();
+            let events = self.look_at_node_state(self.node_state.clone());
+            if !events.is_empty() {
+                self.handle(events);
+            }
         }
+    }
+
+    /// What is newly said of the node; `otherwise` holds where the file cannot be read.
+    fn look_at_node_state(&mut self, otherwise: NodeState) -> Vec<Event> {
+        let Some(said) = self.driver.node_state.look() else { return Vec::new() };
+        let state = said.unwrap_or_else(|error| {
+            self.driver.metrics.error("node_state");
+            let level = node_state::level_name(otherwise.level);
+            tracing::error!(error = %notes::chain(&error), level, "what is said of this node cannot be read; this holds");
+            otherwise
+        });
+        if state == self.node_state {
+            return Vec::new();
+        }
+        let level = node_state::level_name(state.level);
+        tracing::info!(
+            level,
+            unschedulable = state.unschedulable,
+            scheduled_pods = state.scheduled_pods,
+            "said of this node"
+        );
+        self.node_state = state.clone();
+        vec![Event::NodeState(state)]
     }
 
     fn drain_releases(&mut self) {
@@ -413,9 +496,22 @@ impl<C: Cloud, K: Kernel> Loop<C, K> {
     /// The pool's time: wall time at the start, and even from there.
     fn now(&mut self) -> Time {
         let (start, running) = self.started;
-        self.last = start.plus_ms(u64::try_from(running.elapsed().as_millis()).unwrap_or(u64::MAX));
+        let passed = running.elapsed() * self.driver.probe.hurry();
+        self.last = start.plus_ms(u64::try_from(passed.as_millis()).unwrap_or(u64::MAX));
         self.last
     }
+}
+
+/// The latest moment the ledger speaks of.
+fn newest_stamp(ledger: &LedgerState) -> Time {
+    let leaving = ledger.enis.values().filter_map(|eni| eni.leaving);
+    let pods = ledger.pods.values().map(|allocation| allocation.at);
+    let freed = ledger.freed.values().chain(ledger.given_up.values());
+    let unseen = ledger.unseen.values().flat_map(|slots| slots.values());
+    let enis = ledger.enis_unseen.values().chain(ledger.forgotten.values());
+    let creations = ledger.creations.values().map(|creation| creation.since);
+    let stamps = leaving.chain(pods).chain(creations).chain(freed.chain(unseen).chain(enis).copied());
+    stamps.max().unwrap_or_default()
 }
 
 pub fn wall_clock() -> Time {

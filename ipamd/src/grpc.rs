@@ -25,8 +25,13 @@ use tonic::{Request, Response, Status};
 use crate::driver::{Handle, Unavailable};
 use crate::metrics::Metrics;
 
+#[cfg(test)]
+mod tests;
+
 /// The longest a plugin may ask to wait.
 const MAX_PATIENCE_MS: u32 = 60_000;
+/// No name of a runtime or of Kubernetes is longer, and all of them stand in the ledger.
+const MAX_NAME_BYTES: usize = 256;
 /// The add-on's text for a DEL of a sandbox it does not know; its plugin looks for exactly this and then succeeds.
 const UNKNOWN_POD: &str = "datastore: unknown pod";
 
@@ -158,10 +163,11 @@ impl CniBackend for Service {
                 return Ok(Response::new(CheckNetworkReply { failure: Some(failure), ..Default::default() }));
             }
         };
-        let status = self.pool.status().await.map_err(|e| unavailable(&e))?;
-        let reply = match status.pods.iter().find(|allocation| allocation.sandbox == sandbox) {
+        let asked = sandbox.clone();
+        let held = self.pool.look(move |pool, _| pool.ledger().pods.get(&asked).cloned()).await;
+        let reply = match held.map_err(|e| unavailable(&e))? {
             Some(allocation) => {
-                CheckNetworkReply { success: true, ip_allocation_metadata: vec![metadata(allocation)], failure: None }
+                CheckNetworkReply { success: true, ip_allocation_metadata: vec![metadata(&allocation)], failure: None }
             }
             None => CheckNetworkReply {
                 failure: Some(Failure {
@@ -223,7 +229,10 @@ impl Service {
             Ok(sandbox) => sandbox,
             Err(failure) => return failed(failure),
         };
-        let pod = PodName { namespace: request.pod_namespace, name: request.pod_name };
+        let pod = match pod(request.pod_namespace, request.pod_name) {
+            Ok(pod) => pod,
+            Err(failure) => return failed(failure),
+        };
         let patience_ms = match request.patience_ms.min(MAX_PATIENCE_MS) {
             0 => None,
             ms => Some(u64::from(ms)),
@@ -246,12 +255,15 @@ impl Service {
             }
         };
         tracing::info!(sandbox = %asked, pod = %name, address = %allocation.address, eni = %allocation.eni, "assigned");
-        let status = self.pool.status().await.ok();
-        let cidrs = status.as_ref().and_then(|s| s.node.as_ref()).map(|n| n.vpc_cidrs.clone()).unwrap_or_default();
+        let about_node = self.pool.look(|pool, _| {
+            let cidrs = pool.ledger().node.as_ref().map(|node| node.vpc_cidrs.clone());
+            (pool.settings().snat == Snat::External, cidrs.unwrap_or_default())
+        });
+        let (external, cidrs) = about_node.await.unwrap_or_default();
         AddNetworkReply {
             success: true,
             ip_allocation_metadata: vec![metadata(&allocation)],
-            use_external_snat: status.is_some_and(|s| s.settings.snat == Snat::External),
+            use_external_snat: external,
             vpc_v4_cidrs: cidrs.iter().map(ToString::to_string).collect(),
             network_policy_mode: self.network_policy_mode.clone(),
             ..Default::default()
@@ -294,14 +306,23 @@ fn check_version(client: &str) -> Result<(), Status> {
 
 fn sandbox(network: &str, container_id: &str, if_name: &str) -> Result<SandboxId, Failure> {
     let fields = [("network_name", network), ("container_id", container_id), ("if_name", if_name)];
-    if let Some((field, _)) = fields.iter().find(|(_, value)| value.is_empty() || value.len() > 256) {
-        return Err(Failure {
-            reason: Reason::InvalidRequest.into(),
-            message: format!("{field} is missing or longer than 256 bytes"),
-            retryable: false,
-        });
+    if let Some((field, _)) = fields.iter().find(|(_, value)| value.is_empty() || value.len() > MAX_NAME_BYTES) {
+        return Err(invalid(format!("{field} is missing or longer than {MAX_NAME_BYTES} bytes")));
     }
     Ok(SandboxId { network: network.to_owned(), container_id: container_id.to_owned(), if_name: if_name.to_owned() })
+}
+
+/// The names may be missing: not every runtime is Kubernetes'.
+fn pod(namespace: String, name: String) -> Result<PodName, Failure> {
+    let fields = [("pod_namespace", &namespace), ("pod_name", &name)];
+    if let Some((field, _)) = fields.iter().find(|(_, value)| value.len() > MAX_NAME_BYTES) {
+        return Err(invalid(format!("{field} is longer than {MAX_NAME_BYTES} bytes")));
+    }
+    Ok(PodName { namespace, name })
+}
+
+fn invalid(message: String) -> Failure {
+    Failure { reason: Reason::InvalidRequest.into(), message, retryable: false }
 }
 
 fn metadata(allocation: &Allocation) -> IpAllocationMetadata {

@@ -1,16 +1,18 @@
-//! Metrics on 61678 and introspection on 127.0.0.1:61679, at the add-on's paths, with our own `/v1/status` beside them.
+//! Metrics on 61678 and introspection on 127.0.0.1:61679, at the add-on's paths, with our own beside them: `/v1/status`,
+//! `/v1/audit` and `/v1/explain/…`.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use flatwire_core::ids::{EniId, PodName};
 use flatwire_core::netplan::{PRIMARY_MARK, PortChoice, Snat};
-use flatwire_core::pool::PoolStatus;
+use flatwire_core::pool::{Answer, Event, PoolStatus, Question};
 use flatwire_core::target::Policy;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -38,6 +40,11 @@ pub fn metrics_pages(pages: Pages) -> Router {
 pub fn introspection_pages(pages: Pages) -> Router {
     Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/audit", get(audit))
+        .route("/v1/explain/pod/{namespace}/{name}", get(explain_pod))
+        .route("/v1/explain/address/{address}", get(explain_address))
+        .route("/v1/explain/eni/{eni}", get(explain_eni))
+        .route("/v1/explain/target", get(|pages| explain(pages, Question::Target)))
         .route("/v1/enis", get(enis))
         .route("/v1/eni-configs", get(|| async { (StatusCode::NOT_FOUND, "custom networking is not in use\n") }))
         .route("/v1/networkutils-env-settings", get(network_settings))
@@ -79,20 +86,54 @@ async fn ready(State(pages): State<Pages>) -> Response {
         Ok(status) if status.ready => (StatusCode::OK, "ready\n".to_owned()).into_response(),
         Ok(status) => {
             let why = status.failure.map_or_else(|| "starting".to_owned(), |failure| failure.message);
-            (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response()
+            unavailable(why)
         }
-        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
+        Err(error) => unavailable(error),
     }
 }
 
 async fn index() -> Response {
     json_page(&json!({ "AvailableCommands": [
         "/v1/enis", "/v1/eni-configs", "/v1/networkutils-env-settings", "/v1/ipamd-env-settings", "/v1/status",
+        "/v1/audit", "/v1/explain/pod/{namespace}/{name}", "/v1/explain/address/{address}", "/v1/explain/eni/{eni}",
+        "/v1/explain/target",
     ]}))
 }
 
 async fn status(State(pages): State<Pages>) -> Response {
     with_status(&pages, |status| serde_json::to_value(status).unwrap_or_default()).await
+}
+
+/// Reads EC2 and the kernel before it answers.
+async fn audit(State(pages): State<Pages>) -> Response {
+    match pages.pool.ask(|request| Event::Audit { request }).await {
+        Ok(Answer::Audited(report)) => {
+            pages.metrics.audited(&report);
+            json_page(&serde_json::to_value(report).unwrap_or_default())
+        }
+        Ok(Answer::Failed(failure)) => unavailable(failure.message),
+        Ok(other) => unavailable(format!("the pool gave an answer of another kind: {other:?}")),
+        Err(error) => unavailable(error),
+    }
+}
+
+async fn explain_pod(pages: State<Pages>, Path((namespace, name)): Path<(String, String)>) -> Response {
+    explain(pages, Question::Pod(PodName { namespace, name })).await
+}
+
+async fn explain_address(pages: State<Pages>, Path(address): Path<IpAddr>) -> Response {
+    explain(pages, Question::Address(address)).await
+}
+
+async fn explain_eni(pages: State<Pages>, Path(eni): Path<EniId>) -> Response {
+    explain(pages, Question::Eni(eni)).await
+}
+
+async fn explain(State(pages): State<Pages>, question: Question) -> Response {
+    match pages.pool.look(move |pool, now| pool.explain(&question, now)).await {
+        Ok(answer) => json_page(&serde_json::to_value(answer).unwrap_or_default()),
+        Err(error) => unavailable(error),
+    }
 }
 
 async fn enis(State(pages): State<Pages>) -> Response {
@@ -136,8 +177,12 @@ async fn ipamd_settings(State(pages): State<Pages>) -> Response {
 async fn with_status(pages: &Pages, page: impl FnOnce(&PoolStatus) -> Value) -> Response {
     match pages.pool.status().await {
         Ok(status) => json_page(&page(&status)),
-        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
+        Err(error) => unavailable(error),
     }
+}
+
+fn unavailable(why: impl std::fmt::Display) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response()
 }
 
 fn json_page(value: &Value) -> Response {

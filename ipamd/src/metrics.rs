@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use flatwire_cloud::CallObserver;
-use flatwire_core::pool::PoolStatus;
+use flatwire_core::audit::AuditReport;
+use flatwire_core::pool::{Level, PoolStatus};
 use flatwire_core::ports::CloudError;
+use ipnet::IpNet;
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -17,6 +19,13 @@ pub struct Metrics {
     pub add_failures: IntCounterVec,
     pub cooldown_yielded: IntCounter,
     pub repairs: IntCounter,
+    pub cloud_repairs: IntCounter,
+    pub dead_sandboxes: IntCounter,
+    eni_events: IntCounterVec,
+    leaked_enis: IntCounterVec,
+    released: IntCounterVec,
+    findings: IntGaugeVec,
+    reason: IntGaugeVec,
     errors: IntCounterVec,
     api_requests: IntCounterVec,
     api_errors: IntCounterVec,
@@ -29,6 +38,7 @@ pub struct Metrics {
     cooling: IntGauge,
     free: IntGauge,
     waiting: IntGauge,
+    level: IntGauge,
     prefixes: IntGauge,
     per_eni: IntGaugeVec,
     pub add_seconds: HistogramVec,
@@ -52,17 +62,20 @@ impl Metrics {
             registry.register(Box::new(metric.clone()))?;
             Ok(metric)
         };
+        let gauges = |name: &str, help: &str, labels: &[&str]| -> Result<IntGaugeVec, prometheus::Error> {
+            let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
         let buckets = vec![0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0];
         let histogram = |name: &str, help: &str, labels: &[&str]| -> Result<HistogramVec, prometheus::Error> {
             let metric = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.clone()), labels)?;
             registry.register(Box::new(metric.clone()))?;
             Ok(metric)
         };
-        let per_eni = IntGaugeVec::new(Opts::new("awscni_assigned_ip_per_eni", "pods on each ENI"), &["eni"])?;
-        registry.register(Box::new(per_eni.clone()))?;
-        let build = IntGaugeVec::new(Opts::new("awscni_build_info", "1, labelled with the version"), &["version"])?;
+        let per_eni = gauges("awscni_assigned_ip_per_eni", "pods on each ENI", &["eni"])?;
+        let build = gauges("awscni_build_info", "1, labelled with the version", &["version"])?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        registry.register(Box::new(build))?;
         Ok(Self {
             add_requests: counter("awscni_add_ip_req_count", "ADD requests")?,
             del_requests: counters("awscni_del_ip_req_count", "DEL requests", &["reason"])?,
@@ -70,6 +83,20 @@ impl Metrics {
             add_failures: counters("flatwire_add_failures_total", "ADDs that failed, by cause", &["reason"])?,
             cooldown_yielded: counter("flatwire_cooldown_yielded_total", "cooling addresses given early")?,
             repairs: counter("flatwire_kernel_repairs_total", "things put right in the kernel")?,
+            cloud_repairs: counter("flatwire_cloud_repairs_total", "differences between EC2 and the ledger put right")?,
+            dead_sandboxes: counter(
+                "flatwire_dead_sandboxes_total",
+                "sandboxes released because the kernel lost them",
+            )?,
+            eni_events: counters("flatwire_eni_events_total", "steps of ENIs on their way in and out", &["event"])?,
+            leaked_enis: counters("flatwire_leaked_enis_total", "unattached ENIs of the cluster, by step", &["event"])?,
+            released: counters("flatwire_released_total", "addresses and prefixes given back to EC2", &["kind"])?,
+            findings: gauges("flatwire_audit_findings", "differences that the last audit found", &["kind"])?,
+            reason: gauges(
+                "flatwire_no_address_reason",
+                "1 for why an ADD that came now would not be served at once",
+                &["reason"],
+            )?,
             errors: counters("awscni_ipamd_error_count", "errors by where they arose", &["fn"])?,
             api_requests: counters("awscni_ec2api_req_count", "calls to EC2 and IMDS", &["fn"])?,
             api_errors: counters("awscni_aws_api_error_count", "failed calls by error class", &["api", "error"])?,
@@ -82,6 +109,7 @@ impl Metrics {
             cooling: gauge("flatwire_cooling_ip_addresses", "addresses freed too recently to be reused")?,
             free: gauge("flatwire_free_ip_addresses", "addresses that could be given this moment")?,
             waiting: gauge("flatwire_waiting_adds", "ADDs waiting for an address")?,
+            level: gauge("flatwire_level", "what the daemon may do in EC2: 0 all, 1 no release, 2 nothing")?,
             prefixes: gauge("awscni_total_ipv4_prefixes", "/28 prefixes held")?,
             per_eni,
             add_seconds: histogram("flatwire_add_seconds", "time to answer an ADD", &["outcome"])?,
@@ -91,6 +119,29 @@ impl Metrics {
 
     pub fn error(&self, place: &str) {
         self.errors.with_label_values(&[place]).inc();
+    }
+
+    /// `event` is one of the few that the pool names.
+    pub fn eni_event(&self, event: &'static str) {
+        self.eni_events.with_label_values(&[label(event).as_str()]).inc();
+    }
+
+    pub fn leaked_eni(&self, event: &'static str) {
+        self.leaked_enis.with_label_values(&[label(event).as_str()]).inc();
+    }
+
+    pub fn released<'s>(&self, slots: impl IntoIterator<Item = &'s IpNet>) {
+        for slot in slots {
+            let kind = if slot.prefix_len() == slot.max_prefix_len() { "address" } else { "prefix" };
+            self.released.with_label_values(&[kind]).inc();
+        }
+    }
+
+    pub fn audited(&self, report: &AuditReport) {
+        self.findings.reset();
+        for finding in &report.findings {
+            self.findings.with_label_values(&[finding.kind.as_str()]).inc();
+        }
     }
 
     /// Everything in the text format, with the gauges as the pool stands now.
@@ -116,11 +167,25 @@ impl Metrics {
             gauge.set(i64::from(value));
         }
         self.enis.set(i64::try_from(status.enis.len()).unwrap_or(i64::MAX));
+        self.level.set(match status.node_state.level {
+            Level::Normal => 0,
+            Level::NoRelease => 1,
+            Level::NoCloud => 2,
+        });
+        self.reason.reset();
+        if let Some(failure) = &status.failure {
+            self.reason.with_label_values(&[failure.reason.to_string().as_str()]).set(1);
+        }
         self.per_eni.reset();
         for eni in &status.enis {
             self.per_eni.with_label_values(&[eni.id.as_str()]).set(i64::from(eni.pods));
         }
     }
+}
+
+/// `in service` becomes `in_service`; what follows a colon is detail.
+fn label(event: &'static str) -> String {
+    event.split([':', ',']).next().unwrap_or(event).replace(' ', "_")
 }
 
 impl CallObserver for Metrics {

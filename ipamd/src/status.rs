@@ -1,58 +1,37 @@
 //! `ipamd status`: asks the running daemon's introspection page and prints the pool, the ENIs and the pods.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::process::ExitCode;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use clap::Args;
-use flatwire_core::pool::PoolStatus;
+use flatwire_core::pool::{Level, PoolStatus};
 
-use crate::config::INTROSPECTION;
-
-const TIMEOUT: Duration = Duration::from_secs(3);
-const MAX_BYTES: u64 = 16 << 20;
+use crate::ask::{AT_ONCE, Daemon};
+use crate::node_state;
+use crate::table::table;
 
 #[derive(Args, Debug)]
 pub struct StatusArgs {
     /// The whole state as JSON.
     #[arg(long)]
     json: bool,
-    /// Address of the daemon's introspection pages.
-    #[arg(long, env = "INTROSPECTION_BIND_ADDRESS", default_value = INTROSPECTION)]
-    introspection: SocketAddr,
+    #[command(flatten)]
+    daemon: Daemon,
 }
 
 /// Exit code 0: pods can be given addresses; an error otherwise, after the tables.
-pub fn status(args: &StatusArgs) -> anyhow::Result<()> {
-    let body = fetch(args.introspection, "/v1/status")?;
+pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+    let body = args.daemon.get("/v1/status", AT_ONCE)?;
     if args.json {
         print!("{body}");
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     let status: PoolStatus = serde_json::from_str(&body).context("the daemon answered something else than a status")?;
     print!("{}", render(&status));
     match status.failure.filter(|_| !status.ready) {
         Some(failure) => bail!("no pod can be given an address: {}", failure.message),
-        None => Ok(()),
+        None => Ok(ExitCode::SUCCESS),
     }
-}
-
-/// One GET to an address on this machine; not worth an HTTP library in a command that an operator waits for.
-fn fetch(address: SocketAddr, path: &str) -> anyhow::Result<String> {
-    let hint = || format!("ask ipamd on {address}; is it running here, and is DISABLE_INTROSPECTION unset?");
-    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT).with_context(hint)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nhost: {address}\r\n\r\n").with_context(hint)?;
-    let mut answer = String::new();
-    stream.take(MAX_BYTES).read_to_string(&mut answer).with_context(hint)?;
-    let (head, body) =
-        answer.split_once("\r\n\r\n").ok_or_else(|| anyhow!("ipamd on {address} did not answer HTTP"))?;
-    let first = head.lines().next().unwrap_or_default();
-    if !first.contains(" 200 ") {
-        bail!("ipamd on {address} answered {first}: {}", body.trim());
-    }
-    Ok(body.to_owned())
 }
 
 fn render(status: &PoolStatus) -> String {
@@ -68,6 +47,14 @@ fn render(status: &PoolStatus) -> String {
         "pool   {} held, {} in use, {} free, {} cooling, {} waiting; {} prefixes\n",
         counts.total, counts.assigned, status.free, counts.cooling, counts.waiting, counts.prefixes
     );
+    if status.node_state.level != Level::Normal {
+        let level = node_state::level_name(status.node_state.level);
+        out += &format!("level  {level}: {}\n", node_state::meaning(status.node_state.level));
+    }
+    if status.node_state.unschedulable || status.terminating {
+        let what = if status.terminating { "EC2 has announced the end of this instance" } else { "unschedulable" };
+        out += &format!("drain  {what}\n");
+    }
     if let Some(target) = &status.target {
         out += &format!("target {}  ({})\n", target.wanted, target.why);
     }
@@ -105,38 +92,4 @@ fn render(status: &PoolStatus) -> String {
     out += &format!("\n{} pods\n", pods.len());
     out += &table(&["POD", "ADDRESS", "ENI", "SANDBOX", "AGE"], &pods);
     out
-}
-
-/// Columns as wide as their widest cell, two spaces apart.
-fn table(head: &[&str], rows: &[Vec<String>]) -> String {
-    if rows.is_empty() {
-        return String::new();
-    }
-    let head: Vec<String> = head.iter().map(|h| (*h).to_owned()).collect();
-    let mut widths = vec![0usize; head.len()];
-    for row in std::iter::once(&head).chain(rows) {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut out = String::new();
-    for row in std::iter::once(&head).chain(rows) {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}", width = *width)).collect();
-        out += cells.join("  ").trim_end();
-        out.push('\n');
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn columns_align_and_lines_have_no_tail() {
-        let rows = vec![vec!["a".to_owned(), "1".to_owned()], vec!["long name".to_owned(), "22".to_owned()]];
-        assert_eq!(table(&["NAME", "N"], &rows), "NAME       N\na          1\nlong name  22\n");
-        assert_eq!(table(&["NAME"], &[]), "");
-    }
 }

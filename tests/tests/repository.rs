@@ -51,7 +51,7 @@ fn arrows() -> BTreeMap<String, BTreeSet<String>> {
 #[test]
 fn arrows_point_to_core() {
     let arrows = arrows();
-    let allowed: [(&str, &[&str]); 9] = [
+    let allowed: [(&str, &[&str]); 10] = [
         ("flatwire-core", &[]),
         ("flatwire-proto", &[]),
         ("flatwire-store", &["flatwire-core"]),
@@ -59,6 +59,7 @@ fn arrows_point_to_core() {
         ("flatwire-cloud", &["flatwire-core", "tokio", "aws-"]),
         ("aws-cni", &["flatwire-core", "flatwire-kernel", "flatwire-proto", "tokio"]),
         ("lab-ec2", &["flatwire-core", "tokio"]),
+        ("lab-sim", &["flatwire-core", "flatwire-store", "lab-ec2"]),
         ("lab", &["flatwire-core", "flatwire-kernel", "lab-ec2", "tokio"]),
         ("ipamd", &["flatwire-cloud", "flatwire-core", "flatwire-kernel", "flatwire-proto", "flatwire-store", "tokio"]),
     ];
@@ -115,9 +116,20 @@ fn every_setting_is_documented_with_its_default() {
         let row = row.unwrap_or_else(|| panic!("docs/settings.md has no row for {name}"));
         assert!(default.is_empty() || row.contains(default), "the default of {name} is {default}: {row}");
     }
-    for piece in read("ipamd/src/config.rs").split("env = \"").skip(1) {
-        let name = piece.split('"').next().unwrap_or_default();
+    for (name, _) in flatwire_core::settings::WITHOUT_EFFECT {
         assert!(page.contains(&format!("| `{name}` |")), "docs/settings.md has no row for {name}");
+    }
+    let config = read("ipamd/src/config.rs");
+    let places = config.split("place(").skip(1).map(|piece| piece.split(")").next().unwrap_or_default());
+    let places: Vec<Vec<&str>> = places.map(|place| place.split('"').skip(1).step_by(2).collect()).collect();
+    let places: Vec<Vec<&str>> = places.into_iter().filter(|quoted| quoted.len() >= 3).collect();
+    assert!(places.len() > 10, "the places were not found");
+    for quoted in places {
+        // Option, variable, default and meaning; a default that is a constant stands without quotes.
+        let (name, default) = (quoted[1], if quoted.len() == 4 { quoted[2] } else { "" });
+        let row = page.lines().find(|line| line.starts_with(&format!("| `{name}` |")));
+        let row = row.unwrap_or_else(|| panic!("docs/settings.md has no row for {name}"));
+        assert!(row.contains(default), "the default of {name} is {default}: {row}");
     }
 }
 

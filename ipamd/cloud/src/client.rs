@@ -16,6 +16,7 @@ use tokio::sync::OnceCell;
 
 use crate::errors;
 use crate::imds::Imds;
+use crate::whole::WholeAnswers;
 
 /// Attempts of a read. A read changes nothing, so the SDK may repeat it on its own.
 const READ_ATTEMPTS: u32 = 3;
@@ -158,7 +159,8 @@ impl Ec2 {
         if let Some(url) = &self.config.ec2_endpoint {
             loader = loader.endpoint_url(url);
         }
-        Ok(Client::new(&loader.load().await))
+        let config = aws_sdk_ec2::config::Builder::from(&loader.load().await).interceptor(WholeAnswers);
+        Ok(Client::from_conf(config.build()))
     }
 
     async fn region(&self, action: &str) -> Result<Region, CloudError> {

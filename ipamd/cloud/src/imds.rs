@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use aws_config::imds;
 use aws_config::imds::client::error::ImdsError;
-use flatwire_core::ids::{DeviceIndex, MacAddress};
+use flatwire_core::ids::{DeviceIndex, InstanceId, MacAddress};
 use flatwire_core::ports::{CloudError, EniKind, EniStatus, EniView, Metadata};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use ipnet::{IpNet, Ipv4Net};
@@ -68,6 +68,10 @@ impl Imds {
             .ok_or_else(|| errors::malformed(ACTION, "the identity document names no region".to_owned()))
     }
 
+    pub async fn instance(&self) -> Result<InstanceId, CloudError> {
+        parse("instance-id", &self.require("meta-data/instance-id").await?)
+    }
+
     pub async fn read(&self) -> Result<Metadata, CloudError> {
         let primary_mac: MacAddress = parse("mac", &self.require("meta-data/mac").await?)?;
         let enis = self.enis().await?;
@@ -87,7 +91,7 @@ impl Imds {
             vpc_cidrs = self.list(&format!("{of_primary}/vpc-ipv4-cidr-block")).await?;
         }
         Ok(Metadata {
-            instance: parse("instance-id", &self.require("meta-data/instance-id").await?)?,
+            instance: self.instance().await?,
             instance_type: self.require("meta-data/instance-type").await?,
             region: self.region().await?,
             availability_zone: self.require("meta-data/placement/availability-zone").await?,

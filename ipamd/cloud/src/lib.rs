@@ -2,6 +2,7 @@
 //!
 //! A request becomes one EC2 action (one file each under `actions/`) or one reading of the instance metadata
 //! (`imds.rs`), and every failure becomes a `CloudError` with its class (`errors.rs`, described in `docs/errors.md`).
+//! `preflight.rs` asks what this node may do, and does none of it.
 //! Nothing is decided here: no pacing, no choice of subnet, no repair. What EC2 answers is passed on as it stands.
 //!
 //! Making an `AwsCloud` calls nobody. Region and credentials are found at the first call that needs them and looked for
@@ -12,6 +13,8 @@ mod client;
 mod convert;
 mod errors;
 mod imds;
+mod preflight;
+mod whole;
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,6 +25,7 @@ use flatwire_core::ports::{Cloud, CloudError, CloudReply, CloudRequest};
 use crate::client::Ec2;
 pub use crate::client::{Config, ConfigError};
 use crate::imds::Imds;
+pub use crate::preflight::{ACTIONS, MetadataOptions, MetadataService, Permission, PermissionOutcome};
 
 /// Hears of every finished call; metrics hang here.
 pub trait CallObserver: Send + Sync + 'static {

@@ -11,6 +11,9 @@ const SLOWEST_MICRO: u64 = 1_000_000 / 16;
 /// after the start, because a node seldom starts alone.
 const YIELD_MS: u64 = 600_000;
 
+/// Rate after a first refusal: whatever one node does at the published rate, a refusal says that others do more.
+const FIRST_REFUSAL_MICRO: u64 = 1_000_000;
+
 /// Millionths of a call, so that slow rates are whole numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
@@ -69,7 +72,7 @@ impl Bucket {
     /// EC2 refused: half the rate, and a rest of half to one and a half calls at it, by `chance`, so that nodes spread out.
     /// Returns the rest in milliseconds.
     pub fn refused(&mut self, now: Time, chance: u64) -> u64 {
-        self.rate = (self.rate / 2).max(SLOWEST_MICRO);
+        self.rate = (self.rate / 2).clamp(SLOWEST_MICRO, FIRST_REFUSAL_MICRO);
         let one_call_ms = 1_000_000_000 / self.rate;
         let rest_ms = one_call_ms / 2 + chance % (one_call_ms + 1);
         self.tokens = 1_000_000;
@@ -114,7 +117,7 @@ mod tests {
     fn refusals_slow_down_to_a_floor_and_successes_speed_up_to_what_is_published() {
         let mut bucket = Bucket::new("AssignPrivateIpAddresses", Time(0));
         let rests: Vec<u64> = (0..12).map(|_| bucket.refused(Time(0), 0)).collect();
-        assert_eq!((rests[0], rests[1]), (200, 400));
+        assert_eq!((rests[0], rests[1]), (500, 1_000));
         assert_eq!(rests[11], 8_000, "half of sixteen seconds");
         assert_eq!(bucket.refused(Time(0), 16_000), 24_000, "chance adds at most one call's time");
         assert_eq!(bucket.ready_at(Time(23_999)), Time(24_000));

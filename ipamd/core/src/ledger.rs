@@ -129,6 +129,9 @@ pub struct Creation {
     pub since: Time,
 }
 
+/// Stands in a snapshot where a record has to name an ENI and none is meant.
+const NO_ENI: &str = "eni-none";
+
 /// Everything the ledger says at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LedgerState {
@@ -167,8 +170,7 @@ impl LedgerState {
             }
             Record::EniGone { eni, at } => {
                 let held = self.slots.remove(eni).unwrap_or_default();
-                self.freed.retain(|address, _| !held.iter().any(|slot| slot.contains(address)));
-                self.given_up.extend(held.into_iter().map(|slot| (slot, *at)));
+                self.gave_up(held.iter(), *at);
                 self.enis.remove(eni);
                 self.releasing.remove(eni);
                 self.unseen.remove(eni);
@@ -193,8 +195,7 @@ impl LedgerState {
                     unseen.retain(|slot, _| !slots.contains(slot));
                 }
                 self.unseen.retain(|_, slots| !slots.is_empty());
-                self.freed.retain(|address, _| !slots.iter().any(|slot| slot.contains(address)));
-                self.given_up.extend(slots.iter().map(|slot| (*slot, *at)));
+                self.gave_up(slots.iter(), *at);
             }
             Record::Unseen { eni, slots, at } => {
                 let before = self.unseen.remove(eni).unwrap_or_default();
@@ -226,6 +227,17 @@ impl LedgerState {
         }
     }
 
+    /// These are no longer an ENI's. EC2 may have given one to another ENI of ours before we heard that the first had let go:
+    /// then it is held.
+    fn gave_up<'s>(&mut self, slots: impl Iterator<Item = &'s IpNet>, at: Time) {
+        for slot in slots {
+            if !self.slots.values().any(|held| held.contains(slot)) {
+                self.freed.retain(|address, _| !slot.contains(address));
+                self.given_up.insert(*slot, at);
+            }
+        }
+    }
+
     /// Takes back a record that could not be written. Only what somebody would have been told is taken back; the rest is
     /// true all the same and is written again later.
     pub fn revert(&mut self, record: &Record) {
@@ -249,10 +261,12 @@ impl LedgerState {
         state
     }
 
-    /// The shortest journal that says the same: what a snapshot holds.
+    /// The shortest journal that says the same: what a snapshot holds. Only the rest of addresses that no ENI holds any more
+    /// is left out. What is gone comes before what is there, so that no record takes back what an earlier one says.
     pub fn as_records(&self) -> Vec<Record> {
         let mut records = Vec::new();
         records.extend(self.node.clone().map(Record::Node));
+        records.extend(self.forgotten.iter().map(|(eni, at)| Record::EniGone { eni: eni.clone(), at: *at }));
         records.extend(self.enis.values().cloned().map(Record::Eni));
         let held = self.slots.iter().filter(|(_, slots)| !slots.is_empty());
         records.extend(held.map(|(eni, slots)| Record::Held { eni: eni.clone(), slots: slots.clone() }));
@@ -270,33 +284,26 @@ impl LedgerState {
         }
         let unseen = self.enis_unseen.iter();
         records.extend(unseen.map(|(eni, at)| Record::EniUnseen { eni: eni.clone(), at: Some(*at) }));
-        records.extend(self.forgotten.iter().map(|(eni, at)| Record::EniGone { eni: eni.clone(), at: *at }));
-        records.extend(self.given_up.iter().filter_map(|(slot, at)| {
-            // Whose it was matters no more; the record needs an ENI to name.
-            let eni = self.enis.keys().chain(self.forgotten.keys()).next()?.clone();
-            Some(Record::GivenUp { eni, slots: BTreeSet::from([*slot]), at: *at })
-        }));
-        records.extend(self.freed.iter().filter_map(|(address, at)| self.freed_record(*address, *at)));
+        // Whose it was matters no more, and another ENI may hold it by now: these name none that there is.
+        let nobody = EniId::new(NO_ENI).expect("invariant: NO_ENI is an ENI id");
+        let given_up = self.given_up.iter().map(|(slot, at)| (BTreeSet::from([*slot]), *at));
+        records.extend(given_up.map(|(slots, at)| Record::GivenUp { eni: nobody.clone(), slots, at }));
+        let held = |address: &IpAddr| self.slots.values().flatten().any(|slot| slot.contains(address));
+        let freed = self.freed.iter().filter(|(address, _)| held(address));
+        records.extend(freed.map(|(address, at)| freed_record(nobody.clone(), *address, *at)));
         records.extend(self.pods.values().cloned().map(Record::Allocated));
         records.extend(self.creations.values().cloned().map(Record::Creating));
         records
     }
+}
 
-    /// A freed address is written as the release of a nameless sandbox, so that the journal needs no further record kind.
-    fn freed_record(&self, address: IpAddr, at: Time) -> Option<Record> {
-        let (eni, _) = self.slots.iter().find(|(_, slots)| slots.iter().any(|slot| slot.contains(&address)))?;
-        let record = self.enis.get(eni)?;
-        let sandbox = SandboxId { network: String::new(), container_id: String::new(), if_name: address.to_string() };
-        let allocation = Allocation {
-            sandbox,
-            pod: PodName::default(),
-            address,
-            eni: eni.clone(),
-            device: record.device,
-            table: record.table(),
-            at,
-        };
-        Some(Record::Released { allocation, at })
+/// A freed address is written as the release of a nameless sandbox, so that the journal needs no further record kind.
+fn freed_record(eni: EniId, address: IpAddr, at: Time) -> Record {
+    let sandbox = SandboxId { network: String::new(), container_id: String::new(), if_name: address.to_string() };
+    let (device, table) = (DeviceIndex::PRIMARY, RouteTable::MAIN);
+    Record::Released {
+        allocation: Allocation { sandbox, pod: PodName::default(), address, eni, device, table, at },
+        at,
     }
 }
 
@@ -305,6 +312,48 @@ fn drop_from(slots: &mut BTreeMap<EniId, BTreeSet<IpNet>>, eni: &EniId, which: i
         held.retain(|slot| !which(slot));
         if held.is_empty() {
             slots.remove(eni);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn eni(id: &str, device: u32) -> Record {
+        Record::Eni(EniRecord {
+            id: EniId::new(id).unwrap(),
+            mac: MacAddress([2, 0, 0, 0, 0, 1]),
+            device: DeviceIndex(device),
+            card: 0,
+            subnet: SubnetId::new("subnet-a").unwrap(),
+            subnet_cidr: "10.0.0.0/24".parse().unwrap(),
+            primary_ipv4: Ipv4Addr::new(10, 0, 0, 10),
+            attachment: None,
+            progress: Progress::Settled,
+            created: true,
+            security_groups: Vec::new(),
+            leaving: None,
+        })
+    }
+
+    /// EC2 takes a slot from one ENI and gives it to another of ours, and the second answer comes first.
+    #[test]
+    fn a_slot_that_moved_between_our_enis_survives_a_snapshot() {
+        let (a, b) = (EniId::new("eni-a").unwrap(), EniId::new("eni-b").unwrap());
+        let slots = BTreeSet::from(["10.0.0.15/32".parse().unwrap()]);
+        for (from, to) in [(&a, &b), (&b, &a)] {
+            let records = [
+                eni("eni-a", 1),
+                eni("eni-b", 2),
+                Record::Held { eni: from.clone(), slots: slots.clone() },
+                Record::Releasing { eni: from.clone(), slots: slots.clone() },
+                Record::Held { eni: to.clone(), slots: slots.clone() },
+                Record::GivenUp { eni: from.clone(), slots: slots.clone(), at: Time(9) },
+            ];
+            let state = LedgerState::replay(&records);
+            assert_eq!(state.slots, BTreeMap::from([(to.clone(), slots.clone())]));
+            assert_eq!(LedgerState::replay(&state.as_records()), state);
         }
     }
 }

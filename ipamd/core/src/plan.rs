@@ -15,6 +15,26 @@ pub struct EniRoom {
     pub resting: bool,
     /// EC2 had no free /28 for it a moment ago: take single addresses.
     pub singles_only: bool,
+    pub at_most: AtMost,
+}
+
+/// How much one call may ask for in a subnet: less than wanted, once the subnet could not give as much as was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AtMost {
+    pub addresses: u32,
+    pub prefixes: u32,
+}
+
+impl AtMost {
+    pub const ANY: Self = Self { addresses: u32::MAX, prefixes: u32::MAX };
+
+    /// What is not asked for now comes from the same place later: a further ENI would only cost a short subnet one more.
+    fn of(self, want: Want) -> Want {
+        match want {
+            Want::Addresses(n) => Want::Addresses(n.min(self.addresses)),
+            Want::Prefixes(n) => Want::Prefixes(n.min(self.prefixes)),
+        }
+    }
 }
 
 /// What the plan may use.
@@ -41,6 +61,7 @@ pub struct SubnetRoom {
     pub subnet: SubnetId,
     /// EC2 had no free /28 in it a moment ago: take single addresses.
     pub singles_only: bool,
+    pub at_most: AtMost,
 }
 
 impl Means {
@@ -85,7 +106,7 @@ fn spread(addresses: u32, needed: u32, mode: Mode, means: &Means) -> Plan {
             break;
         }
         if let Some((want, brings)) = take(missing, mode, room.singles_only, room.free_slots) {
-            plan.steps.push(Step::Assign { eni: room.eni.clone(), want });
+            plan.steps.push(Step::Assign { eni: room.eni.clone(), want: room.at_most.of(want) });
             missing = missing.saturating_sub(brings);
         }
     }
@@ -94,7 +115,7 @@ fn spread(addresses: u32, needed: u32, mode: Mode, means: &Means) -> Plan {
     for _ in 0..means.new_enis {
         let Some(room) = means.new_eni(mode).filter(|_| missing > bearable) else { break };
         let Some((want, brings)) = take(missing, mode, room.singles_only, means.slots_per_eni) else { break };
-        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want });
+        plan.steps.push(Step::Create { subnet: room.subnet.clone(), want: room.at_most.of(want) });
         missing = missing.saturating_sub(brings);
     }
     plan.unmet = missing.saturating_sub(head_room);
@@ -105,14 +126,15 @@ fn spread(addresses: u32, needed: u32, mode: Mode, means: &Means) -> Plan {
 fn fill(count: u32, means: &Means) -> Plan {
     let full = |slots: u32, singles: bool| if singles { slots } else { slots * per_slot(means.mode) };
     if let Some(room) = means.enis.iter().find(|room| !room.resting && room.free_slots > 0) {
-        let want = want_of(means.mode, room.singles_only, room.free_slots);
+        let want = room.at_most.of(want_of(means.mode, room.singles_only, room.free_slots));
         return Plan { steps: vec![Step::Assign { eni: room.eni.clone(), want }], unmet: 0 };
     }
     let Some(room) = means.new_eni(means.mode) else {
         return Plan { steps: Vec::new(), unmet: count * full(means.slots_per_eni, false) };
     };
-    let new_enis = means.new_enis.min(count);
-    let want = want_of(means.mode, room.singles_only, means.slots_per_eni);
+    // An ENI that holds nothing but its own address brings nothing.
+    let new_enis = if means.slots_per_eni == 0 { 0 } else { means.new_enis.min(count) };
+    let want = room.at_most.of(want_of(means.mode, room.singles_only, means.slots_per_eni));
     let steps = (0..new_enis).map(|_| Step::Create { subnet: room.subnet.clone(), want }).collect();
     Plan { steps, unmet: (count - new_enis) * full(means.slots_per_eni, room.singles_only) }
 }
@@ -163,7 +185,7 @@ mod tests {
     const ALL: u32 = u32::MAX;
 
     fn subnet(id: &str, singles_only: bool) -> SubnetRoom {
-        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only }
+        SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only, at_most: AtMost::ANY }
     }
 
     fn means(mode: Mode, free: &[u32], new_enis: u32) -> Means {
@@ -172,6 +194,7 @@ mod tests {
             free_slots: *free_slots,
             resting: false,
             singles_only: false,
+            at_most: AtMost::ANY,
         };
         Means {
             mode,
@@ -249,12 +272,29 @@ mod tests {
     }
 
     #[test]
+    fn a_short_subnet_is_asked_for_less_and_not_for_further_enis() {
+        let mut m = means(Mode::Addresses, &[9], 1);
+        m.enis[0].at_most = AtMost { addresses: 2, prefixes: 1 };
+        assert_eq!(text(&plan(Wanted::Addresses(8), ALL, &m)), "eni-0:2 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Enis(1), ALL, &m)), "eni-0:2 addresses unmet=0");
+    }
+
+    #[test]
     fn a_fragmented_subnet_gives_way_to_its_sibling_and_to_singles_last() {
         let mut m = means(Mode::Prefixes, &[0], 2);
         m.subnets = vec![subnet("subnet-1", true), subnet("subnet-2", false)];
         assert_eq!(text(&plan(Wanted::Prefixes(2), ALL, &m)), "new-2:2 prefixes unmet=0");
         m.subnets.pop();
         assert_eq!(text(&plan(Wanted::Prefixes(1), ALL, &m)), "new-1:9 addresses | new-1:7 addresses unmet=0");
+    }
+
+    #[test]
+    fn a_subnet_that_could_not_give_as_much_is_asked_for_less() {
+        let mut m = means(Mode::Addresses, &[9], 1);
+        m.enis[0].at_most = AtMost { addresses: 4, prefixes: 1 };
+        assert_eq!(text(&plan(Wanted::Enis(1), ALL, &m)), "eni-0:4 addresses unmet=0");
+        m.mode = Mode::Prefixes;
+        assert_eq!(text(&plan(Wanted::Prefixes(3), ALL, &m)), "eni-0:1 prefix unmet=0");
     }
 
     #[test]

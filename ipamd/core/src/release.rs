@@ -81,6 +81,17 @@ pub fn release(target: &Target, mode: Mode, enis: &[EniUse]) -> Option<Release> 
     None
 }
 
+/// A node that fell back to single addresses may be full of them: one that serves nobody makes room for sixteen.
+pub fn room_for_a_prefix(enis: &[EniUse]) -> Option<Release> {
+    let mut by_emptiness: Vec<&EniUse> = enis.iter().collect();
+    by_emptiness.sort_by_key(|eni| (eni.pods, std::cmp::Reverse(eni.device)));
+    let single = |eni: &&EniUse| {
+        let slots = idle_slots(eni, true, 1);
+        (!slots.is_empty()).then(|| Release::Slots { eni: eni.eni.clone(), slots })
+    };
+    by_emptiness.iter().find_map(single)
+}
+
 /// The longest idle slots of one kind that fit into the surplus.
 fn idle_slots(eni: &EniUse, single: bool, surplus: u32) -> BTreeSet<IpNet> {
     let of_kind = eni.slots.iter().filter(|slot| (pick::size(&slot.slot) == 1) == single);

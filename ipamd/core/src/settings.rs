@@ -1,16 +1,19 @@
 //! The settings of the daemon: the add-on's variables, parsed once at the edge and strictly.
 //!
-//! A value that is not what it should be is refused by name, with what is allowed; nothing is replaced in silence. The
-//! table `SETTINGS` is the single list of what is read: the documentation is checked against it.
+//! A value that is not what it should be is refused by name, with what is allowed; nothing is replaced in silence, and
+//! nothing that asks for a feature which is not built is passed over. The table `SETTINGS` is the single list of what is
+//! read here: the documentation is checked against it. Where the daemon's files and sockets are is `ipamd/src/config.rs`.
+
+mod reader;
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
-use std::str::FromStr;
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use crate::netplan::{PortChoice, Snat};
+pub use reader::{Leniency, Reader, SettingError};
+
+use crate::netplan::{PRIMARY_MARK, PortChoice, Snat};
 use crate::target::{Mode, Policy, WarmTargets};
 
 /// Name, default as text, and meaning of every variable that is read.
@@ -39,7 +42,34 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("DISABLE_LEAKED_ENI_CLEANUP", "false", "leave unattached ENIs of this cluster alone"),
     ("ENABLE_POD_ENI", "false", "keep one ENI slot free for the trunk of security groups for pods"),
     ("MAX_PODS", "110", "addresses beyond this many are never wanted"),
+    ("ENABLE_IPv4", "true", "pods have IPv4 addresses; the only family there is"),
+    ("ENABLE_IPv6", "false", "not supported yet: IPv6 clusters"),
+    ("ENABLE_V6_EGRESS", "false", "not supported yet: IPv6 to the outside from IPv4 pods"),
+    ("ENABLE_MULTI_NIC", "false", "not supported yet: network cards above 0"),
+    ("ANNOTATE_POD_IP", "false", "not supported yet: the pod's address as an annotation"),
+    ("POD_SECURITY_GROUP_ENFORCING_MODE", "strict", "not supported yet: security groups for pods"),
+    (
+        "ENI_CONFIG_ANNOTATION_DEF",
+        ENI_CONFIG_KEY,
+        "not supported yet: another node annotation that names the ENIConfig",
+    ),
+    ("ENI_CONFIG_LABEL_DEF", ENI_CONFIG_KEY, "not supported yet: another node label that names the ENIConfig"),
+    ("AWS_EXTERNAL_SERVICE_CIDRS", "", "not supported yet: CIDRs reached by the main table"),
+    ("AWS_VPC_K8S_CNI_CONNMARK", "0x80", "not supported yet: another mark for the primary ENI's connections"),
 ];
+
+/// Variables of the add-on that are accepted with any value and change nothing, and why.
+pub const WITHOUT_EFFECT: &[(&str, &str)] = &[
+    ("CLUSTER_ENDPOINT", "the daemon calls no API server"),
+    ("MY_NODE_NAME", "the daemon calls no API server"),
+    ("MY_POD_NAME", "the daemon writes no events"),
+    ("VPC_CNI_VERSION", "the daemon calls AWS under its own name and version"),
+    ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "the add-on does not read it any more; rp_filter of ENIs is always loose"),
+    ("ENABLE_NFTABLES", "the add-on does not read it any more; there is nothing but nftables"),
+];
+
+/// The node annotation and label that name the ENIConfig.
+const ENI_CONFIG_KEY: &str = "k8s.amazonaws.com/eniConfig";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
@@ -67,26 +97,30 @@ pub struct Settings {
     pub trunk_reserve: bool,
 }
 
-/// A variable with a value that is not allowed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{variable}={value:?} is not allowed: {allowed}")]
-pub struct SettingError {
-    pub variable: &'static str,
-    pub value: String,
-    pub allowed: String,
-}
-
 impl Settings {
-    /// Reads every setting through `lookup`, the environment or a test's map. Collects all refusals, so that one start
-    /// shows them all.
+    /// Reads every setting through `lookup`, the environment or a test's map, strictly. Collects all refusals.
     pub fn parse(lookup: impl Fn(&str) -> Option<String>) -> Result<Self, Vec<SettingError>> {
-        let mut p = Parser { lookup: &lookup, errors: Vec::new() };
-        let warm_eni = p.number("WARM_ENI_TARGET", 0, 1_000);
-        let warm_ip = p.number("WARM_IP_TARGET", 0, 100_000);
-        let minimum_ip = p.number("MINIMUM_IP_TARGET", 0, 100_000);
-        let warm_prefix = p.number("WARM_PREFIX_TARGET", 0, 10_000);
-        let any = warm_eni.is_some() || warm_ip.is_some() || minimum_ip.is_some() || warm_prefix.is_some();
-        let policy = if any {
+        let mut reader = Reader::new(lookup);
+        let settings = Self::read(&mut reader);
+        reader.finish().map(|_| settings)
+    }
+
+    /// The settings as the reader gives them; they count only if it then finishes without a refusal.
+    pub fn read<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> Self {
+        not_supported(r);
+        // What the add-on uses where it cannot read the value.
+        let warm_eni = r.number("WARM_ENI_TARGET", 0, 1_000, Some(1));
+        let warm_ip = r.number("WARM_IP_TARGET", 0, 100_000, Some(0));
+        let minimum_ip = r.number("MINIMUM_IP_TARGET", 0, 100_000, Some(0));
+        let warm_prefix = r.number("WARM_PREFIX_TARGET", 0, 10_000, Some(0));
+        let prefixes = r.flag("ENABLE_PREFIX_DELEGATION", false);
+        let targets = [warm_ip, minimum_ip, warm_prefix];
+        if prefixes && targets.iter().any(Option::is_some) && targets.iter().flatten().all(|target| *target == 0) {
+            let allowed = "with prefix delegation WARM_PREFIX_TARGET, WARM_IP_TARGET or MINIMUM_IP_TARGET must be above 0, \
+                           or all three unset";
+            r.refuse_always("ENABLE_PREFIX_DELEGATION", "true", allowed);
+        }
+        let policy = if warm_eni.or(warm_ip).or(minimum_ip).or(warm_prefix).is_some() {
             Policy::AddOn(WarmTargets {
                 warm_eni: warm_eni.unwrap_or(1),
                 warm_ip: warm_ip.unwrap_or(0),
@@ -96,36 +130,34 @@ impl Settings {
         } else {
             Policy::Demand
         };
-        let prefixes = p.flag("ENABLE_PREFIX_DELEGATION", false);
-        let port_choice = p.choice(
+        let port_choice = r.choice(
             "AWS_VPC_K8S_CNI_RANDOMIZESNAT",
             &[("prng", PortChoice::FullyRandom), ("hashrandom", PortChoice::Random), ("none", PortChoice::Keep)],
         );
-        let imds_only = p.flag("ENABLE_IMDS_ONLY_MODE", false);
-        let external = p.flag("AWS_VPC_K8S_CNI_EXTERNALSNAT", false);
-        let settings = Self {
+        let imds_only = r.flag("ENABLE_IMDS_ONLY_MODE", false);
+        let external = r.flag("AWS_VPC_K8S_CNI_EXTERNALSNAT", false);
+        Self {
             policy,
             mode: if prefixes { Mode::Prefixes } else { Mode::Addresses },
-            max_eni: p.number("MAX_ENI", 1, 100),
-            max_pods: p.number("MAX_PODS", 1, 10_000).unwrap_or(110),
-            cooldown_secs: p.number("IP_COOLDOWN_PERIOD", 0, 86_400).unwrap_or(30),
+            max_eni: r.number("MAX_ENI", 1, 100, None),
+            max_pods: r.number("MAX_PODS", 1, 10_000, None).unwrap_or(110),
+            cooldown_secs: r.strict_number("IP_COOLDOWN_PERIOD", 0, 86_400, 30),
             snat: if external { Snat::External } else { Snat::ToPrimary(port_choice) },
-            exclude_snat: p.cidrs("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS"),
-            node_port: p.flag("AWS_VPC_CNI_NODE_PORT_SUPPORT", true),
-            mtu: p.number("AWS_VPC_ENI_MTU", 576, 9001).unwrap_or(9001),
-            veth_prefix: p.veth_prefix(),
-            eni_tags: p.tags(),
-            cluster_name: p.text("CLUSTER_NAME"),
-            provisioning: !p.flag("DISABLE_NETWORK_RESOURCE_PROVISIONING", false) && !imds_only,
+            exclude_snat: cidrs(r, "AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS"),
+            node_port: r.flag("AWS_VPC_CNI_NODE_PORT_SUPPORT", true),
+            mtu: r.strict_number("AWS_VPC_ENI_MTU", 576, 9001, 9001),
+            veth_prefix: veth_prefix(r),
+            eni_tags: tags(r),
+            cluster_name: r.text("CLUSTER_NAME"),
+            provisioning: !r.flag("DISABLE_NETWORK_RESOURCE_PROVISIONING", false) && !imds_only,
             imds_only,
-            custom_networking: p.flag("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", false),
-            subnet_discovery: p.flag("ENABLE_SUBNET_DISCOVERY", true),
-            manage_untagged: p.flag("MANAGE_UNTAGGED_ENI", true),
-            manage_unschedulable: p.flag("AWS_MANAGE_ENIS_NON_SCHEDULABLE", false),
-            leaked_cleanup: !p.flag("DISABLE_LEAKED_ENI_CLEANUP", false) && !imds_only,
-            trunk_reserve: p.flag("ENABLE_POD_ENI", false),
-        };
-        if p.errors.is_empty() { Ok(settings) } else { Err(p.errors) }
+            custom_networking: r.flag("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", false),
+            subnet_discovery: r.flag("ENABLE_SUBNET_DISCOVERY", true),
+            manage_untagged: r.flag("MANAGE_UNTAGGED_ENI", true),
+            manage_unschedulable: r.flag("AWS_MANAGE_ENIS_NON_SCHEDULABLE", false),
+            leaked_cleanup: !r.flag("DISABLE_LEAKED_ENI_CLEANUP", false) && !imds_only,
+            trunk_reserve: r.flag("ENABLE_POD_ENI", false),
+        }
     }
 
     pub fn cooldown_ms(&self) -> u64 {
@@ -133,113 +165,113 @@ impl Settings {
     }
 }
 
-struct Parser<'l, L> {
-    lookup: &'l L,
-    errors: Vec<SettingError>,
+/// Features of the add-on that are not built.
+fn not_supported<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) {
+    let (v4, v6) = (r.flag("ENABLE_IPv4", true), r.flag("ENABLE_IPv6", false));
+    // IPv4 in place of IPv6 would give pods addresses that the rest of the cluster does not speak: never leniently.
+    match (v4, v6) {
+        (true, false) => {}
+        (true, true) => r.refuse_always("ENABLE_IPv6", "true", "either ENABLE_IPv4 or ENABLE_IPv6 is true, not both"),
+        (false, false) => r.refuse_always("ENABLE_IPv4", "false", "either ENABLE_IPv4 or ENABLE_IPv6 must be true"),
+        (false, true) => {
+            r.refuse_always("ENABLE_IPv6", "true", "false; IPv6 clusters are not supported by this version")
+        }
+    }
+    r.unsupported_flag("ENABLE_V6_EGRESS", "pods have IPv4 only");
+    r.unsupported_flag("ENABLE_MULTI_NIC", "only network card 0 is used");
+    r.unsupported_flag("ANNOTATE_POD_IP", "pods are not annotated");
+    r.unsupported(
+        "POD_SECURITY_GROUP_ENFORCING_MODE",
+        "strict",
+        "security groups for pods are not wired; the trunk's slot is kept free, no more",
+        |value| value == "strict",
+    );
+    for variable in ["ENI_CONFIG_ANNOTATION_DEF", "ENI_CONFIG_LABEL_DEF"] {
+        let what = "the ENIConfig of a node is found by the default key only";
+        r.unsupported(variable, ENI_CONFIG_KEY, what, |value| value == ENI_CONFIG_KEY);
+    }
+    r.unsupported("AWS_EXTERNAL_SERVICE_CIDRS", "", "every destination takes the way of its pod's ENI", |_| false);
+    r.unsupported("AWS_VPC_K8S_CNI_CONNMARK", "0x80", "the mark is fixed", |value| {
+        number_of_any_base(value) == Some(PRIMARY_MARK)
+    });
 }
 
-impl<L: Fn(&str) -> Option<String>> Parser<'_, L> {
-    /// Present and not blank; the manifest sets some variables to the empty text to mean "unset".
-    fn text(&self, variable: &'static str) -> Option<String> {
-        (self.lookup)(variable).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
-    }
-
-    fn refuse(&mut self, variable: &'static str, value: &str, allowed: impl Display) {
-        self.errors.push(SettingError { variable, value: value.to_owned(), allowed: allowed.to_string() });
-    }
-
-    fn number(&mut self, variable: &'static str, least: u32, most: u32) -> Option<u32> {
-        let value = self.text(variable)?;
-        match u32::from_str(&value) {
-            Ok(n) if (least..=most).contains(&n) => Some(n),
-            _ => {
-                self.refuse(variable, &value, format!("a whole number from {least} to {most}"));
-                None
-            }
-        }
-    }
-
-    fn flag(&mut self, variable: &'static str, default: bool) -> bool {
-        let Some(value) = self.text(variable) else { return default };
-        match value.as_str() {
-            "1" | "t" | "T" | "TRUE" | "true" | "True" => true,
-            "0" | "f" | "F" | "FALSE" | "false" | "False" => false,
-            _ => {
-                self.refuse(variable, &value, "true or false");
-                default
-            }
-        }
-    }
-
-    /// The first choice is the default.
-    fn choice<T: Copy>(&mut self, variable: &'static str, choices: &[(&str, T)]) -> T {
-        let (_, default) = choices.first().copied().expect("invariant: a choice has a default");
-        let Some(value) = self.text(variable) else { return default };
-        if let Some((_, chosen)) = choices.iter().find(|(name, _)| *name == value) {
-            return *chosen;
-        }
-        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
-        self.refuse(variable, &value, format!("one of {}", names.join(", ")));
-        default
-    }
-
-    fn cidrs(&mut self, variable: &'static str) -> Vec<Ipv4Net> {
-        let Some(value) = self.text(variable) else { return Vec::new() };
-        let mut cidrs = Vec::new();
-        for item in value.split(',').map(str::trim).filter(|item| !item.is_empty()) {
-            match item.parse::<Ipv4Net>() {
-                Ok(cidr) => cidrs.push(cidr.trunc()),
-                Err(_) => self.refuse(variable, item, "IPv4 CIDRs such as 10.0.0.0/8, separated by commas"),
-            }
-        }
-        cidrs
-    }
-
-    fn veth_prefix(&mut self) -> String {
-        let variable = "AWS_VPC_K8S_CNI_VETHPREFIX";
-        let Some(value) = self.text(variable) else { return "eni".to_owned() };
-        let well_formed = value.len() <= 4 && value.bytes().all(|b| b.is_ascii_alphanumeric());
-        // The prefix tells pods' links from the node's own, whose names begin so.
-        let of_the_node = ["eth", "ens", "enp", "eno", "enx", "lo", "vlan"].iter().any(|name| name.starts_with(&value));
-        if !well_formed || of_the_node {
-            self.refuse(
-                variable,
-                &value,
-                "1 to 4 letters or digits that no link of the node begins with (eth, ens, lo…)",
-            );
-        }
-        value
-    }
-
-    fn tags(&mut self) -> BTreeMap<String, String> {
-        let variable = "ADDITIONAL_ENI_TAGS";
-        let Some(value) = self.text(variable) else { return BTreeMap::new() };
-        match parse_tags(&value) {
-            Ok(tags) => tags,
-            Err(allowed) => {
-                self.refuse(variable, &value, allowed);
-                BTreeMap::new()
-            }
-        }
-    }
+/// As Go's `strconv.ParseInt(value, 0, …)`: 128, 0x80, 0o200, 0200, 0b10000000.
+fn number_of_any_base(text: &str) -> Option<u32> {
+    let lower = text.to_ascii_lowercase();
+    let (digits, base) = match lower.get(..2) {
+        Some("0x") => (&lower[2..], 16),
+        Some("0b") => (&lower[2..], 2),
+        Some("0o") => (&lower[2..], 8),
+        _ if lower.len() > 1 && lower.starts_with('0') => (&lower[1..], 8),
+        _ => (lower.as_str(), 10),
+    };
+    u32::from_str_radix(digits, base).ok()
 }
 
-/// A flat JSON object of texts; keys that name our own ownership tags are refused, since they decide what may be deleted.
-fn parse_tags(text: &str) -> Result<BTreeMap<String, String>, String> {
-    let tags: BTreeMap<String, String> =
-        serde_json::from_str(text).map_err(|e| format!("a JSON object of texts such as {{\"team\":\"net\"}} ({e})"))?;
-    match tags.keys().find(|key| key.contains("k8s.amazonaws.com") || key.starts_with("aws:")) {
-        Some(key) => Err(format!("tags without reserved keys (found {key:?})")),
-        None => Ok(tags),
+fn cidrs<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>, variable: &'static str) -> Vec<Ipv4Net> {
+    let Some(value) = r.text(variable) else { return Vec::new() };
+    let mut cidrs = Vec::new();
+    for item in value.split(',').map(str::trim).filter(|item| !item.is_empty()) {
+        match item.parse::<Ipv4Net>() {
+            Ok(cidr) => cidrs.push(cidr.trunc()),
+            Err(_) => {
+                r.refuse(variable, item, "IPv4 CIDRs such as 10.0.0.0/8, separated by commas", "the list without it");
+            }
+        }
     }
+    cidrs
+}
+
+fn veth_prefix<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> String {
+    let variable = "AWS_VPC_K8S_CNI_VETHPREFIX";
+    let Some(value) = r.text(variable) else { return "eni".to_owned() };
+    let well_formed = value.len() <= 4 && value.bytes().all(|b| b.is_ascii_alphanumeric());
+    // The prefix tells pods' links from the node's own, whose names begin so.
+    let of_the_node = ["eth", "ens", "enp", "eno", "enx", "lo", "vlan"].iter().any(|name| name.starts_with(&value));
+    if !well_formed || of_the_node {
+        let allowed = "1 to 4 letters or digits that no link of the node begins with (eth, ens, lo…)";
+        r.refuse_always(variable, &value, allowed);
+    }
+    value
+}
+
+fn tags<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> BTreeMap<String, String> {
+    let variable = "ADDITIONAL_ENI_TAGS";
+    let Some(value) = r.text(variable) else { return BTreeMap::new() };
+    let mut tags: BTreeMap<String, String> = match serde_json::from_str(&value) {
+        Ok(tags) => tags,
+        Err(e) => {
+            let allowed = format!("a JSON object of texts such as {{\"team\":\"net\"}} ({e})");
+            r.refuse(variable, &value, allowed, "no tag");
+            BTreeMap::new()
+        }
+    };
+    // Our own ownership tags decide what may be deleted.
+    let reserved = |key: &str| key.contains("k8s.amazonaws.com") || key.starts_with("aws:");
+    if let Some(key) = tags.keys().find(|key| reserved(key)) {
+        r.refuse(variable, &value, format!("tags without reserved keys (found {key:?})"), "the rest");
+    }
+    tags.retain(|key, _| !reserved(key));
+    tags
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn lookup(vars: &[(&str, &str)]) -> impl Fn(&str) -> Option<String> {
+        |name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned())
+    }
+
     fn parse(vars: &[(&str, &str)]) -> Result<Settings, Vec<SettingError>> {
-        Settings::parse(|name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()))
+        Settings::parse(lookup(vars))
+    }
+
+    fn leniently(vars: &[(&str, &str)]) -> Result<(Settings, Vec<String>), Vec<SettingError>> {
+        let mut reader = Reader::new(lookup(vars)).lenient(true);
+        let settings = Settings::read(&mut reader);
+        reader.finish().map(|put_up| (settings, put_up.iter().map(ToString::to_string).collect()))
     }
 
     #[test]
@@ -278,6 +310,72 @@ mod tests {
             assert!(text.contains(variable) && text.contains("not allowed: "), "{text}");
         }
         assert_eq!(parse(&bad).unwrap_err().len(), bad.len(), "one start shows them all");
+    }
+
+    /// Column "Invalid" of the add-on: what it uses where it cannot read a value.
+    #[test]
+    fn a_lenient_reading_does_as_the_add_on_and_says_so() {
+        let bad = [
+            ("WARM_ENI_TARGET", "-1"),
+            ("WARM_IP_TARGET", "many"),
+            ("MAX_ENI", "0"),
+            ("ENABLE_SUBNET_DISCOVERY", "yes"),
+            ("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "dice"),
+            ("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "10.0.0.0/33,192.168.0.0/16"),
+            ("ADDITIONAL_ENI_TAGS", r#"{"a":"1","cluster.k8s.amazonaws.com/name":"x"}"#),
+            ("ANNOTATE_POD_IP", "true"),
+        ];
+        assert_eq!(parse(&bad).unwrap_err().len(), bad.len());
+        let (s, said) = leniently(&bad).unwrap();
+        assert_eq!(said.len(), bad.len());
+        assert_eq!(s.policy, Policy::AddOn(WarmTargets { warm_eni: 1, warm_ip: 0, minimum_ip: 0, warm_prefix: 0 }));
+        assert_eq!((s.max_eni, s.subnet_discovery), (None, true));
+        assert_eq!(s.snat, Snat::ToPrimary(PortChoice::FullyRandom));
+        assert_eq!(s.exclude_snat, ["192.168.0.0/16".parse().unwrap()]);
+        assert_eq!(s.eni_tags.keys().collect::<Vec<_>>(), ["a"]);
+        for ((variable, _), text) in bad.iter().zip(&said).take(3) {
+            assert!(said.iter().any(|t| t.starts_with(variable)) && text.contains("is used instead"), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_the_add_on_does_not_start_with_is_refused_leniently_too() {
+        let never = [
+            [("IP_COOLDOWN_PERIOD", "soon"), ("MAX_PODS", "10")],
+            [("AWS_VPC_ENI_MTU", "100"), ("MAX_PODS", "10")],
+            [("AWS_VPC_K8S_CNI_VETHPREFIX", "toolong"), ("MAX_PODS", "10")],
+            [("ENABLE_IPv4", "false"), ("MAX_PODS", "10")],
+            [("ENABLE_IPv6", "true"), ("MAX_PODS", "10")],
+            [("ENABLE_IPv6", "true"), ("ENABLE_IPv4", "false")],
+            [("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "0")],
+        ];
+        for vars in never {
+            assert_eq!(leniently(&vars).unwrap_err().len(), 1, "{vars:?}");
+        }
+        assert!(parse(&[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")]).is_ok());
+        assert!(parse(&[("ENABLE_PREFIX_DELEGATION", "true")]).is_ok());
+    }
+
+    /// The manifest of the add-on sets most variables to their defaults: those ask for nothing.
+    #[test]
+    fn a_feature_that_is_not_built_is_refused_only_when_asked_for() {
+        for (variable, default, asked) in [
+            ("ENABLE_V6_EGRESS", "false", "true"),
+            ("ENABLE_MULTI_NIC", "false", "1"),
+            ("ANNOTATE_POD_IP", "False", "true"),
+            ("POD_SECURITY_GROUP_ENFORCING_MODE", "strict", "standard"),
+            ("ENI_CONFIG_ANNOTATION_DEF", "k8s.amazonaws.com/eniConfig", "example.com/net"),
+            ("ENI_CONFIG_LABEL_DEF", "", "topology.kubernetes.io/zone"),
+            ("AWS_EXTERNAL_SERVICE_CIDRS", "", "192.0.2.0/24"),
+            ("AWS_VPC_K8S_CNI_CONNMARK", "128", "0x100"),
+            ("AWS_VPC_K8S_CNI_CONNMARK", "0x80", "eighty"),
+        ] {
+            assert!(parse(&[(variable, default)]).is_ok(), "{variable}={default}");
+            let text = parse(&[(variable, asked)]).unwrap_err()[0].to_string();
+            assert!(text.starts_with(variable) && text.contains("not supported by this version"), "{text}");
+            let (_, said) = leniently(&[(variable, asked)]).unwrap();
+            assert!(said.len() == 1 && said[0].contains("is used instead"), "{said:?}");
+        }
     }
 
     #[test]

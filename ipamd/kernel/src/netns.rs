@@ -100,6 +100,19 @@ pub fn in_netns<T: Send>(netns: &Netns, work: impl FnOnce() -> io::Result<T> + S
     })
 }
 
+/// Makes a new network namespace that has no name: it is gone with this value and the sockets opened in it.
+pub fn unnamed() -> Result<Netns, KernelError> {
+    let path = PathBuf::from("/proc/thread-self/ns/net");
+    let made = short_lived(|| {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        File::open("/proc/thread-self/ns/net")
+    });
+    match made {
+        Ok(file) => Ok(Netns { file, path }),
+        Err(source) => Err(KernelError::Netns { operation: "make", path, source }),
+    }
+}
+
 /// Makes a new network namespace and binds it to a file, as `ip netns add` does; the file must not exist yet. With
 /// `loopback_up` its `lo` is brought up.
 pub async fn create_named(path: impl AsRef<Path>, loopback_up: bool) -> Result<Netns, KernelError> {

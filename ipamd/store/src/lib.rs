@@ -25,6 +25,12 @@ pub enum StoreError {
         path = path.display()
     )]
     Damaged { path: PathBuf, line: usize, why: String },
+    #[error(
+        "the state file {path} of the add-on cannot be used: {why}. Correct it, or remove it: pods that run keep their \
+         addresses, because an address with a pod route is in use whatever any file says",
+        path = path.display()
+    )]
+    Checkpoint { path: PathBuf, why: String },
     #[error("{path} is held by another ipamd; stop that one first", path = path.display())]
     Locked { path: PathBuf },
 }
@@ -35,7 +41,7 @@ fn io_error<'p>(action: &'static str, path: &'p Path) -> impl FnOnce(io::Error) 
 
 /// Replaces a file so that a crash leaves the old content or the new, never a mixture: write beside, flush, rename, flush
 /// the folder.
-fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
+pub fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     let (beside, _) = write_beside(path, content)?;
     fs::rename(&beside, path).map_err(io_error("rename into place", path))?;
     flush_folder_of(path)

@@ -20,7 +20,7 @@ use crate::state::State;
 use crate::state::eni::{NewEni, Wanted};
 use crate::state::instance::{Interface, Launch};
 use crate::typed::{Answered, PageAsked};
-use crate::view::{EniInfo, Tags, View};
+use crate::view::{Ending, EniInfo, Tags, View};
 use crate::xml;
 
 /// The answer to one Query API request.
@@ -358,6 +358,11 @@ impl Ec2 {
 
     pub fn terminate_instance(&self, now: Time, instance: &InstanceId) -> Result<(), ApiError> {
         self.with(now, |world| world.state.terminate(now, instance).map(drop))
+    }
+
+    /// The instance's metadata service announces its end; the end itself is `terminate_instance`.
+    pub fn announce_end(&self, now: Time, instance: &InstanceId, ending: Ending) -> Result<(), ApiError> {
+        self.with(now, |world| world.state.announce_end(now, instance, ending))
     }
 
     pub fn create_eni(

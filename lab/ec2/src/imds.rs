@@ -11,12 +11,14 @@ use flatwire_core::ids::{DeviceIndex, EniId, InstanceId, Time};
 
 use crate::ec2::{Ec2, World};
 use crate::state::history::Past;
-use crate::view::{AttachmentState, EniInfo, InstanceState};
+use crate::view::{AttachmentState, Ending, EniInfo, InstanceState};
 
 const TOKEN_PATH: &str = "/latest/api/token";
 const TOKEN_HEADER: &str = "x-aws-ec2-metadata-token";
 const TTL_HEADER: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TTL_MAX_SECS: u64 = 21_600;
+/// What a spot instance is given between the notice and its end.
+const SPOT_NOTICE_MS: u64 = 120_000;
 /// What every token begins with.
 const TOKEN_START: &str = "AQAAAE";
 
@@ -184,6 +186,7 @@ impl World {
     fn imds(&mut self, now: Time, id: &InstanceId) -> Option<Imds> {
         let instance = self.state.instances.get(id)?;
         let (info, reservation, index) = (instance.info.clone(), instance.reservation.clone(), instance.launch_index);
+        let ending = instance.ending;
         if info.state == InstanceState::Terminated {
             return None;
         }
@@ -211,6 +214,15 @@ impl World {
         meta("reservation-id", &reservation);
         meta("services/domain", "amazonaws.com");
         meta("services/partition", "aws");
+        match ending {
+            Some((Ending::Spot, at)) => {
+                let time = seconds(at.plus_ms(SPOT_NOTICE_MS));
+                let notice = serde_json::json!({ "action": "terminate", "time": time });
+                meta("spot/instance-action", &notice.to_string());
+            }
+            Some((Ending::ScaleIn, _)) => meta("autoscaling/target-lifecycle-state", "Terminated"),
+            None => {}
+        }
         let group_names: Vec<&str> = primary
             .security_groups
             .iter()

@@ -34,7 +34,7 @@ pub use sigv4::{SignedRequest, sign};
 pub use state::pool::ReservationKind;
 pub use typed::{Answered, PageAsked};
 pub use view::{
-    AttachmentInfo, AttachmentState, EniInfo, EniStatus, InstanceInfo, InstanceState, RuleInfo, RulePeer,
+    AttachmentInfo, AttachmentState, Ending, EniInfo, EniStatus, InstanceInfo, InstanceState, RuleInfo, RulePeer,
     SecurityGroupInfo, SubnetInfo, Tags, View, VpcView,
 };
 

@@ -71,7 +71,7 @@ impl World {
         }
         let nobody = || ApiError::new("ServiceUnavailable", "there is no such instance");
         let instance = self.state.instances.get(id).ok_or_else(nobody)?;
-        let info = instance.info.clone();
+        let (info, terminating) = (instance.info.clone(), instance.ending.is_some());
         let seen = self.enis_in_imds(now, id, info.launched_at);
         let primary = seen.iter().find(|(_, device, card)| *device == DeviceIndex::PRIMARY && *card == 0);
         let (primary_mac, primary_ipv4) = primary.map(|(eni, _, _)| (eni.mac, eni.primary_ipv4)).ok_or_else(nobody)?;
@@ -98,7 +98,7 @@ impl World {
                 .map_or_else(Vec::new, |vpc| vpc.cidrs.iter().map(|association| association.cidr).collect()),
             vpc: info.vpc,
             enis: seen.iter().map(|(eni, _, _)| as_imds(eni)).collect(),
-            terminating: false,
+            terminating,
         })
     }
 }

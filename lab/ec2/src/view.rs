@@ -119,6 +119,15 @@ impl fmt::Display for InstanceState {
     }
 }
 
+/// How an instance hears from its metadata service that it will be taken away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// The spot market wants it back: two minutes of notice.
+    Spot,
+    /// Its Auto Scaling group ends it.
+    ScaleIn,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EniInfo {
     pub id: EniId,

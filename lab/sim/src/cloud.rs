@@ -23,6 +23,8 @@ pub struct Cloud {
     pub describe_lag_ms: u64,
     /// IMDS leaves things out at times.
     pub imds_partial: bool,
+    /// IMDS shows this, whatever has happened since.
+    pub imds_stands: Option<Metadata>,
 }
 
 /// A request on its way.
@@ -74,7 +76,7 @@ impl Cloud {
         let action = call.request().action();
         let read_at = *call.read_at.get_or_insert(Time(now.0.saturating_sub(self.describe_lag_ms)));
         if matches!(call.request(), CloudRequest::ReadMetadata) {
-            let read = ec2.metadata(now, &self.instance);
+            let read = ec2.metadata(now, &self.instance).map(|m| self.imds_stands.clone().unwrap_or(m));
             let result = read.map(|m| CloudReply::Metadata(self.as_seen(m, dice))).map_err(|e| error(action, e));
             return (Reached::Ends(result, None), Met::default());
         }

@@ -40,7 +40,6 @@ const REFUSALS: &[(&str, &str, &str)] = &[
     ("Create*", "InsufficientCidrBlocks", "The specified subnet does not have enough free cidr blocks."),
     ("Create*", "InsufficientFreeAddressesInSubnet", "The specified subnet does not have enough free addresses."),
     ("CreateNetworkInterface", "NetworkInterfaceLimitExceeded", "You have reached the maximum number of interfaces."),
-    ("Attach*", "AttachmentLimitExceeded", "Interface count exceeds the limit"),
     ("Attach*", "IncorrectState", "The instance is not 'running'"),
     ("Describe*", "OperationNotPermitted", "The result is too large to be described in one call"),
     ("Delete*", "InvalidNetworkInterface.InUse", "The interface is in use"),

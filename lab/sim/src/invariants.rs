@@ -187,15 +187,16 @@ impl Watch {
         now: Time,
     ) {
         let Some((action, object, _)) = self.in_flight.remove(&op) else { return };
+        if result.is_ok() {
+            self.failures.retain(|(of, _), _| *of != action);
+        }
         match result {
             Ok(CloudReply::Enis(_)) if object == "node" => {
                 let read_of = read_at.unwrap_or_default();
                 self.read_of = self.read_of.max(read_of);
                 self.taken.retain(|(_, _, at)| *at >= read_of);
             }
-            Ok(_) => {
-                self.failures.remove(&(action, object));
-            }
+            Ok(_) => {}
             Err(error) => {
                 let times = self.failures.entry((action, object.clone())).or_default();
                 if crowded(times, now, FAILURES_MOST) {
@@ -409,8 +410,20 @@ impl<P: Policy> Node<P> {
     /// A compacted journal must say what the daemon knows.
     pub(crate) fn check_compacted(&mut self) {
         let (Ok(says), Some(daemon)) = (self.journal.clone().replay(), &self.daemon) else { return };
-        if says != *daemon.ledger() {
-            let text = "the compacted journal says something else than the daemon knows".to_owned();
+        let knows = daemon.ledger();
+        if says != *knows {
+            let parts = [
+                ("ENIs", says.enis != knows.enis),
+                ("slots", says.slots != knows.slots),
+                ("slots going", says.releasing != knows.releasing),
+                ("slots unseen", says.unseen != knows.unseen || says.enis_unseen != knows.enis_unseen),
+                ("slots given up", says.given_up != knows.given_up || says.forgotten != knows.forgotten),
+                ("pods", says.pods != knows.pods),
+                ("cool-downs", says.freed != knows.freed),
+                ("creations", says.creations != knows.creations),
+            ];
+            let differ = cloud::list(parts.iter().filter(|(_, differs)| *differs).map(|(name, _)| name));
+            let text = format!("the compacted journal says something else than the daemon knows: {differ}");
             self.watch.broken(Rule::Replay, text);
         }
     }

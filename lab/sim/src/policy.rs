@@ -8,6 +8,8 @@ use flatwire_core::target::Target;
 
 /// A daemon's brain, without the daemon: facts in, wishes out. The contract is that of `flatwire_core::pool::Pool`.
 pub trait Policy {
+    /// Its plugin leaves a release on disk while the daemon is away; else DEL fails and the runtime tries again.
+    const QUEUES_RELEASES: bool = true;
     /// Starts over what the ledger says.
     fn start(settings: &Settings, ledger: LedgerState, seed: u64, now: Time) -> Self;
     fn step(&mut self, event: Event, now: Time) -> Vec<Command>;

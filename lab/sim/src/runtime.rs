@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use flatwire_core::ids::{PodName, SandboxId, Time};
+use flatwire_core::ids::{EniId, PodName, SandboxId, Time};
 use flatwire_core::ledger::Allocation;
 use flatwire_core::naming::host_if_name;
 use flatwire_core::pool::{Event, RequestId};
@@ -75,6 +75,8 @@ pub struct Sandbox {
     /// Name of its host link.
     pub link: String,
     pub address: Option<IpAddr>,
+    /// Of the address.
+    pub eni: Option<EniId>,
     /// While the plugin waits for the daemon.
     pub request: Option<RequestId>,
     /// A plugin holds the answer and may still wire.
@@ -139,8 +141,10 @@ impl<P: Policy> Node<P> {
         for _ in 0..count {
             let number = self.runtime.next_pod;
             self.runtime.next_pod += 1;
-            let known = self.runtime.happens(self.runtime.habits.name_again);
-            let name = if known { format!("again-{}", number % 3) } else { format!("p{number}") };
+            let again = self.runtime.happens(self.runtime.habits.name_again);
+            let again = again.then(|| format!("again-{}", number % 3));
+            let taken = |name: &String| self.runtime.pods.values().any(|pod| pod.name.name == *name);
+            let name = again.filter(|name| !taken(name)).unwrap_or_else(|| format!("p{number}"));
             let name = PodName { namespace: "sim".to_owned(), name };
             self.runtime.pods.insert(number, Pod { name, sandbox: None, running: false, failures: 0 });
             let at = now.plus_ms(self.runtime.dice.between(0, 50));
@@ -164,6 +168,17 @@ impl<P: Policy> Node<P> {
     /// Nobody deletes pods any more.
     pub fn keep_pods(&mut self) {
         self.queue.retain(|happening| !matches!(happening, Happening::Pod(_, PodStep::Ends)));
+    }
+
+    /// The daemon hears a DEL for so many pods that run on.
+    pub fn stray_dels(&mut self, count: u32) {
+        let wired = self.runtime.sandboxes.values().filter(|sandbox| sandbox.wired && !sandbox.ending);
+        let mut sandboxes: Vec<SandboxId> = wired.map(|sandbox| sandbox.id.clone()).collect();
+        for _ in 0..count.min(u32::try_from(sandboxes.len()).unwrap_or(u32::MAX)) {
+            let sandbox = self.runtime.dice.pick(&sandboxes).clone();
+            sandboxes.retain(|other| *other != sandbox);
+            self.ask(Asker::Queue(sandbox.clone()), |request| Event::Del { request, sandbox });
+        }
     }
 
     fn pods_changed(&mut self, now: Time) {
@@ -191,6 +206,7 @@ impl<P: Policy> Node<P> {
                     pod: number,
                     link,
                     address: None,
+                    eni: None,
                     request: None,
                     plugin: false,
                     wired: false,
@@ -270,7 +286,10 @@ impl<P: Policy> Node<P> {
                 self.add_failed(number, now, scene);
             }
             Step::Veth => {
-                self.kernel.links.insert(sandbox.link, number);
+                // A link of that name is of an earlier sandbox of the same pod: the plugin takes it away.
+                if let Some(earlier) = self.kernel.links.insert(sandbox.link, number) {
+                    self.lose_link(earlier);
+                }
                 if let Some(sandbox) = self.runtime.sandboxes.get_mut(&number) {
                     sandbox.wired = true;
                 }
@@ -312,6 +331,7 @@ impl<P: Policy> Node<P> {
         let Some(sandbox) = self.runtime.sandboxes.get_mut(&number) else { return };
         sandbox.request = None;
         sandbox.address = Some(allocation.address);
+        sandbox.eni = Some(allocation.eni.clone());
         if lost {
             scene.story.tell(now, "plugin", || format!("never hears the answer for c{number}"));
             scene.tally.fault("answer lost");
@@ -354,6 +374,10 @@ impl<P: Policy> Node<P> {
 
     /// DEL: the kernel first.
     fn unwires(&mut self, number: SandboxNo, now: Time, scene: &mut Scene<'_>) {
+        if !P::QUEUES_RELEASES && self.daemon.is_none() {
+            scene.story.tell(now, "plugin", || format!("DEL c{number} fails: no daemon"));
+            return self.later(number, Step::Del, 5_000, 20_000, now);
+        }
         let habits = self.runtime.habits;
         let (stays, dies) = (self.runtime.happens(habits.route_stays), self.runtime.happens(habits.plugin_dies));
         let Some(sandbox) = self.runtime.sandboxes.get_mut(&number) else { return };
@@ -419,16 +443,15 @@ impl<P: Policy> Node<P> {
         }
     }
 
-    /// Pods that have no network any more are deleted: those without a link or route, and those whose address EC2 routes
-    /// elsewhere.
-    pub fn delete_wrecks(&mut self, routed: &BTreeSet<IpAddr>, now: Time) {
-        let whole = |number: SandboxNo, address: IpAddr| {
-            routed.contains(&address) && self.kernel.routes.get(&address) == Some(&number)
+    /// Pods that have no network any more are deleted: those without a link or route, and those whose address EC2 does
+    /// not route to their ENI.
+    pub fn delete_wrecks(&mut self, routed: &BTreeSet<(EniId, IpAddr)>, now: Time) {
+        let whole = |number: SandboxNo| {
+            let sandbox = self.runtime.sandboxes.get(&number)?;
+            let place = (sandbox.eni.clone()?, sandbox.address?);
+            Some(routed.contains(&place) && self.kernel.routes.get(&place.1) == Some(&number))
         };
-        let wrecked = |pod: &Pod| {
-            let sandbox = pod.sandbox.and_then(|number| Some((number, self.runtime.sandboxes.get(&number)?.address?)));
-            pod.running && sandbox.is_none_or(|(number, address)| !whole(number, address))
-        };
+        let wrecked = |pod: &Pod| pod.running && !pod.sandbox.and_then(whole).unwrap_or(false);
         let wrecks: Vec<u32> = self.runtime.pods.iter().filter(|(_, pod)| wrecked(pod)).map(|(n, _)| *n).collect();
         for number in wrecks {
             self.queue.push(now, Happening::Pod(number, PodStep::Ends));

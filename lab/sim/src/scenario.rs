@@ -25,6 +25,14 @@ pub enum Act {
         effects: u32,
         down_ms: u64,
     },
+    /// The daemon dies now, and is away so long.
+    Kill {
+        down_ms: u64,
+    },
+    /// The runtime takes so many running pods for gone: their DEL reaches the daemon, and they run on.
+    StrayDels {
+        count: u32,
+    },
     /// The journal cannot be written, or can again.
     DiskFull(bool),
     /// What EC2 and IMDS do wrong from now on; no rules, no faults. Rules for EC2 meet this node's calls only.
@@ -33,6 +41,8 @@ pub enum Act {
     ImdsFails(u32),
     /// IMDS leaves things out.
     ImdsPartial(bool),
+    /// IMDS goes on showing what it shows now, or catches up.
+    ImdsStands(bool),
     /// Actions the node's role may not call.
     Deny(Vec<&'static str>),
     Delays(Delays),
@@ -69,6 +79,10 @@ pub enum Act {
     },
     /// An operator detaches what he attached.
     OperatorDetaches,
+    /// A node of the cluster has died and left so many ENIs that it had detached and not deleted.
+    DeadNode {
+        enis: u32,
+    },
     /// Somebody takes one of the node's slots away.
     StealSlot,
     /// Somebody detaches one of the node's secondary ENIs.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use flatwire_core::ids::{DeviceIndex, EniId, SubnetId};
+use flatwire_core::ids::{DeviceIndex, EniId, SubnetId, Time};
 use flatwire_core::ledger::Progress;
 use flatwire_core::limits;
 use flatwire_core::pool::Event;
@@ -55,16 +55,21 @@ impl<P: Policy> World<P> {
 
     /// Runs until everything has been right for a while, or has been wrong for too long.
     pub fn settle(&mut self) -> Result<(), Violation> {
-        let begin = self.now;
-        let mut held = 0;
+        let (begin, mut held) = (self.now, 0);
+        // What has leaked may hold the very addresses that are missing.
+        let mut leaked_at = begin;
         while held < HOLDS_FOR {
             self.clear_wrecks();
             self.node.ask(Asker::Audit, |request| Event::Audit { request });
             self.run(LOOK_EVERY_MS)?;
-            let quiet_ms = self.now.since_ms(begin);
             let wrong = self.wrong();
+            if self.nothing_has_leaked().is_some() {
+                leaked_at = self.now;
+            }
             held = if wrong.is_empty() { held + 1 } else { 0 };
-            if let Some((text, _)) = wrong.into_iter().find(|(_, by)| quiet_ms >= *by) {
+            let late = |since: Time, by: &u64| self.now.since_ms(since) >= *by;
+            let over = |(_, by): &(String, u64)| late(if *by == LEAKS_MS { begin } else { leaked_at }, by);
+            if let Some((text, _)) = wrong.into_iter().find(over) {
                 self.broken(Rule::Settles, text);
                 return self.verdict();
             }
@@ -79,7 +84,8 @@ impl<P: Policy> World<P> {
     fn pods_run(&self) -> Option<String> {
         let (pods, running) = (self.node.runtime.pods.len(), self.node.runtime.running());
         let able = usize::try_from(self.capacity()).unwrap_or(usize::MAX).min(pods);
-        (running < able).then(|| format!("{running} of {pods} pods run; the node could carry {}", self.capacity()))
+        let could = self.node.daemon()?.free_now(self.now) > 0 || self.could_take(false);
+        (running < able && could).then(|| format!("{running} of {pods} pods run; {able} could"))
     }
 
     /// Addresses that the node can have for pods, as the limits allow.
@@ -89,7 +95,9 @@ impl<P: Policy> World<P> {
         let Some(node) = ledger.and_then(|ledger| ledger.node.as_ref()) else { return 0 };
         let Some(kind) = limits::lookup(&node.instance_type) else { return 0 };
         if !settings.provisioning {
-            return u32::try_from(self.routed().len()).unwrap_or(u32::MAX);
+            let primary = |eni: &&&EniInfo| !settings.custom_networking || !is_primary(eni);
+            let slots = |enis: &[&EniInfo]| enis.iter().filter(primary).flat_map(|eni| slots(eni)).collect::<Vec<_>>();
+            return self.with_enis_here(slots).iter().map(flatwire_core::pick::size).sum();
         }
         let foreign = self.with_enis_here(|enis| {
             let of_others = enis.iter().filter(|eni| !is_primary(eni) && eni.tags.get(TAG_INSTANCE).is_none());
@@ -104,6 +112,9 @@ impl<P: Policy> World<P> {
 
     fn nothing_is_under_way(&self) -> Option<String> {
         let ledger = self.node.daemon()?.ledger();
+        if !self.node.settings.provisioning {
+            return None;
+        }
         let unfinished = ledger.enis.values().find(|eni| eni.progress < Progress::Settled || eni.leaving.is_some());
         if let Some(eni) = unfinished {
             return Some(format!("{} stays {:?}, leaving since {:?}", eni.id, eni.progress, eni.leaving));
@@ -216,11 +227,14 @@ impl<P: Policy> World<P> {
         })
     }
 
-    /// Addresses that EC2 routes to pods of this node.
-    pub(crate) fn routed(&self) -> BTreeSet<IpAddr> {
+    /// Addresses that EC2 routes to pods of this node, with the ENI of each.
+    pub(crate) fn routed(&self) -> BTreeSet<(EniId, IpAddr)> {
         self.with_enis_here(|enis| {
-            let slots = enis.iter().flat_map(|eni| slots(eni));
-            slots.flat_map(|slot| flatwire_core::pick::addresses(&slot)).collect()
+            let slots = enis.iter().flat_map(|eni| slots(eni).map(|slot| (eni.id.clone(), slot)));
+            let each = |(eni, slot): (EniId, IpNet)| {
+                flatwire_core::pick::addresses(&slot).map(move |address| (eni.clone(), address))
+            };
+            slots.flat_map(each).collect()
         })
     }
 }

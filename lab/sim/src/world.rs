@@ -12,7 +12,7 @@ use lab_ec2::{Buckets, Caller, Delays, Ec2, Faults, ImdsRule, Options, RunInstan
 
 use crate::cloud::Cloud;
 use crate::dice::Dice;
-use crate::invariants::{Rule, Violation};
+use crate::invariants::{Rule, TAG_INSTANCE, Violation};
 use crate::neighbours::Neighbours;
 use crate::node::{Node, Pace, Scene};
 use crate::policy::Policy;
@@ -27,6 +27,7 @@ const BEGIN: Time = Time(1_800_000_000_000);
 const NODE_KEY: &str = "AKIANODE";
 /// Tag by which a subnet is found for new ENIs.
 const TAG_SUBNET: &str = "kubernetes.io/role/cni";
+const TAG_CLUSTER: &str = "cluster.k8s.amazonaws.com/name";
 const TAG_NO_MANAGE: &str = "node.k8s.amazonaws.com/no_manage";
 /// Every action a node may need.
 const ACTIONS: &[&str] = &[
@@ -97,6 +98,7 @@ impl<P: Policy> World<P> {
             page_size: scenario.page_size,
             describe_lag_ms: 0,
             imds_partial: false,
+            imds_stands: None,
         };
         let mut node = Node::new(settings, cloud, scenario.habits, scenario.pace, dice.split(), now);
         if let Some(at) = scenario.eni_config {
@@ -173,6 +175,11 @@ impl<P: Policy> World<P> {
             Act::EndPods { count } => self.node.end_pods(count, now),
             Act::Gc => self.node.gc(),
             Act::Crash { effects, down_ms } => self.node.crash_after(effects, down_ms),
+            Act::Kill { down_ms } => {
+                let mut scene = Scene { ec2: &self.ec2, story: &mut self.story, tally: &mut self.tally };
+                self.node.dies(now, down_ms, &mut scene);
+            }
+            Act::StrayDels { count } => self.node.stray_dels(count),
             Act::DiskFull(full) => self.node.journal.full = full,
             Act::Faults(mut rules) => {
                 for rule in &mut rules {
@@ -191,6 +198,10 @@ impl<P: Policy> World<P> {
                 self.ec2.set_faults(self.faults.clone());
             }
             Act::ImdsPartial(partial) => self.node.cloud.imds_partial = partial,
+            Act::ImdsStands(stands) => {
+                let now_shown = stands.then(|| self.ec2.metadata(now, &self.instance).ok());
+                self.node.cloud.imds_stands = now_shown.flatten();
+            }
             Act::Deny(denied) => {
                 let allowed: BTreeSet<String> =
                     ACTIONS.iter().filter(|action| !denied.contains(action)).map(|a| (*a).to_owned()).collect();
@@ -234,6 +245,7 @@ impl<P: Policy> World<P> {
             }
             Act::OperatorAttaches { no_manage } => self.operator_attaches(no_manage),
             Act::OperatorDetaches => self.operator_detaches(),
+            Act::DeadNode { enis } => self.dead_node(enis),
             Act::StealSlot => self.steal_slot(),
             Act::StealEni => self.steal_eni(),
             Act::Level(level) => self.node.tell_state(now, |state| state.level = level),
@@ -271,6 +283,17 @@ impl<P: Policy> World<P> {
         {
             self.node.watch.taken_in_cloud(eni, None, self.now);
             self.tally.fault("ENI detached by others");
+        }
+    }
+
+    fn dead_node(&mut self, enis: u32) {
+        let tags = Tags::from([
+            (TAG_INSTANCE.to_owned(), "i-0dead".to_owned()),
+            (TAG_CLUSTER.to_owned(), self.node.settings.cluster_name.clone().unwrap_or_default()),
+        ]);
+        let Some(subnet) = self.subnets.first() else { return };
+        for _ in 0..enis {
+            let _ = self.ec2.create_eni(self.now, subnet, &[], "aws-K8S-i-0dead", tags.clone());
         }
     }
 
@@ -313,6 +336,7 @@ impl<P: Policy> World<P> {
         self.neighbours.leave(&self.ec2, now);
         self.node.cloud.caller.allow = None;
         self.node.cloud.imds_partial = false;
+        self.node.cloud.imds_stands = None;
         self.node.journal.full = false;
         self.node.kernel.broken = None;
         self.node.pace = Pace { cloud_ms: 300, kernel_ms: 20, slow_percent: 0 };

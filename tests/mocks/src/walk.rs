@@ -123,7 +123,9 @@ impl Walk {
         let subnet = self.subnet().await;
 
         let eni = self.create(&subnet).await;
+        self.unattached(&eni.id, true).await;
         let attachment = self.attach(&eni).await;
+        self.unattached(&eni.id, false).await;
         self.call(CloudRequest::SetDeleteOnTermination { eni: eni.id.clone(), attachment: attachment.clone() })
             .await
             .unwrap();
@@ -265,6 +267,19 @@ impl Walk {
         attachment
     }
 
+    /// Whether the ENI is among those of its cluster that belong to no instance, and of no other cluster.
+    async fn unattached(&self, eni: &EniId, shown: bool) {
+        for (cluster, here) in [("walk", shown), ("elsewhere", false)] {
+            let tags = BTreeMap::from([(CLUSTER_TAG.to_owned(), cluster.to_owned())]);
+            let request = CloudRequest::DescribeUnattached { vpc: self.place.vpc.clone(), tags };
+            self.until("the list of unattached ENIs is right", async || {
+                let CloudReply::Enis(enis) = self.call(request.clone()).await.unwrap() else { panic!("not ENIs") };
+                enis.iter().any(|view| view.id == *eni) == here
+            })
+            .await;
+        }
+    }
+
     async fn assign_addresses(&self, eni: &EniId) -> BTreeSet<IpNet> {
         let before = self.eni(eni).await;
         let reply = self.assigned(eni, Want::Addresses(4)).await;
@@ -293,6 +308,12 @@ impl Walk {
         assert_eq!(reply, CloudReply::Done);
         let after = self.eni_until(eni, |view| view.slots.is_disjoint(&gone)).await;
         assert_eq!(after.slots, before.slots.difference(&gone).copied().collect());
+
+        // And back by their names.
+        let request = CloudRequest::AssignNamed { eni: eni.clone(), slots: gone.clone() };
+        let CloudReply::Assigned(back) = self.call(request).await.unwrap() else { panic!("not assigned") };
+        assert!(back.is_superset(&gone), "{back:?}");
+        self.eni_until(eni, |view| view.slots == before.slots).await;
     }
 
     async fn prefixes(&self, eni: &EniId) {

@@ -32,27 +32,31 @@ pub async fn assign(ec2: &Client, eni: &EniId, want: Want) -> Result<CloudReply,
         .send()
         .await
         .map_err(|failure| for_want(want, from_sdk(ACTION, failure)))?;
-    assigned(&answer)
+    Ok(CloudReply::Assigned(assigned(&answer)?))
 }
 
-/// Gives the ENI these very addresses and prefixes; EC2 refuses if one of them is somebody else's.
+/// Gives the ENI these very addresses and prefixes; EC2 refuses if one of them is somebody else's. Addresses in one call and
+/// prefixes in another, as for Unassign: EC2 does not say that it takes both kinds at once.
 pub async fn assign_named(ec2: &Client, eni: &EniId, slots: &BTreeSet<IpNet>) -> Result<CloudReply, CloudError> {
     let (addresses, prefixes) = split(ACTION, slots)?;
-    let texts = |list: Vec<String>| (!list.is_empty()).then_some(list);
-    let answer = ec2
-        .assign_private_ip_addresses()
-        .network_interface_id(eni.as_str())
-        .set_private_ip_addresses(texts(addresses.iter().map(ToString::to_string).collect()))
-        .set_ipv4_prefixes(texts(prefixes.iter().map(ToString::to_string).collect()))
-        .customize()
-        .config_override(once())
-        .send()
-        .await
-        .map_err(|failure| from_sdk(ACTION, failure))?;
-    assigned(&answer)
+    let mut given = BTreeSet::new();
+    let call = || ec2.assign_private_ip_addresses().network_interface_id(eni.as_str());
+    let by_name = [call().set_private_ip_addresses(texts(&addresses)), call().set_ipv4_prefixes(texts(&prefixes))];
+    for call in by_name {
+        if call.get_private_ip_addresses().is_none() && call.get_ipv4_prefixes().is_none() {
+            continue;
+        }
+        let answer = call.customize().config_override(once()).send().await;
+        given.extend(assigned(&answer.map_err(|failure| from_sdk(ACTION, failure))?)?);
+    }
+    Ok(CloudReply::Assigned(given))
 }
 
-fn assigned(answer: &AssignPrivateIpAddressesOutput) -> Result<CloudReply, CloudError> {
+fn texts<T: ToString>(list: &[T]) -> Option<Vec<String>> {
+    (!list.is_empty()).then(|| list.iter().map(ToString::to_string).collect())
+}
+
+fn assigned(answer: &AssignPrivateIpAddressesOutput) -> Result<BTreeSet<IpNet>, CloudError> {
     let mut assigned = BTreeSet::new();
     for address in answer.assigned_private_ip_addresses() {
         assigned.insert(host(field(ACTION, "privateIpAddress", address.private_ip_address())?));
@@ -60,5 +64,5 @@ fn assigned(answer: &AssignPrivateIpAddressesOutput) -> Result<CloudReply, Cloud
     for prefix in answer.assigned_ipv4_prefixes() {
         assigned.insert(IpNet::V4(field(ACTION, "ipv4Prefix", prefix.ipv4_prefix())?));
     }
-    Ok(CloudReply::Assigned(assigned))
+    Ok(assigned)
 }

@@ -17,6 +17,8 @@ use crate::errors::{error, from_sdk, malformed};
 const ACTION: &str = "DescribeNetworkInterfaces";
 /// EC2's largest page.
 const PAGE_SIZE: i32 = 1000;
+/// The tag of every ENI that an IPAM makes: its value is the instance it was made for.
+pub const NODE_TAG: &str = "node.k8s.amazonaws.com/instance_id";
 
 pub async fn of_instance(ec2: &Client, instance: &InstanceId) -> Result<CloudReply, CloudError> {
     all(ec2, vec![filter("attachment.instance-id", instance.as_str())], &format!("ENIs of {instance}")).await
@@ -24,11 +26,7 @@ pub async fn of_instance(ec2: &Client, instance: &InstanceId) -> Result<CloudRep
 
 /// ENIs that an IPAM made and that belong to no instance, narrowed by tags.
 pub async fn unattached(ec2: &Client, vpc: &VpcId, tags: &BTreeMap<String, String>) -> Result<CloudReply, CloudError> {
-    let mut filters = vec![
-        filter("status", "available"),
-        filter("vpc-id", vpc.as_str()),
-        filter("tag-key", "node.k8s.amazonaws.com/instance_id"),
-    ];
+    let mut filters = vec![filter("status", "available"), filter("vpc-id", vpc.as_str()), filter("tag-key", NODE_TAG)];
     filters.extend(tags.iter().map(|(key, value)| filter(&format!("tag:{key}"), value)));
     all(ec2, filters, &format!("unattached ENIs of {vpc}")).await
 }

@@ -11,7 +11,7 @@ mod create_network_interface;
 mod create_tags;
 mod delete_network_interface;
 mod describe_instance_types;
-mod describe_network_interfaces;
+pub mod describe_network_interfaces;
 mod describe_subnets;
 mod detach_network_interface;
 mod modify_network_interface_attribute;

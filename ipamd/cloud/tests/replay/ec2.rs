@@ -156,6 +156,76 @@ async fn describe_eni_finds_one_or_says_not_found() {
 }
 
 #[tokio::test]
+async fn describe_unattached_narrows_by_tags_and_follows_every_page() {
+    let bench = bench(|request, _| match request.form("NextToken") {
+        None => Answer::ok(include_str!("answers/describe_network_interfaces_1.xml")),
+        Some(token) if token == "opaque==" => Answer::ok(include_str!("answers/describe_network_interfaces_2.xml")),
+        Some(other) => refusal(400, "InvalidPaginationToken", &other),
+    });
+    let tags = BTreeMap::from([
+        ("cluster.k8s.amazonaws.com/name".to_owned(), "c 1".to_owned()),
+        ("node.k8s.amazonaws.com/instance_id".to_owned(), instance().to_string()),
+    ]);
+    let request = CloudRequest::DescribeUnattached { vpc: vpc(), tags };
+    let CloudReply::Enis(enis) = bench.call(request).await.unwrap() else { panic!("not ENIs") };
+    assert_eq!(enis.len(), 3);
+    let asked = bench.ec2.asked();
+    assert_eq!(asked.len(), 2);
+    let filters = [
+        ("status", "available"),
+        ("vpc-id", "vpc-0123456789abcdef0"),
+        ("tag-key", "node.k8s.amazonaws.com/instance_id"),
+        ("tag:cluster.k8s.amazonaws.com/name", "c 1"),
+        ("tag:node.k8s.amazonaws.com/instance_id", "i-0123456789abcdef0"),
+    ];
+    for request in &asked {
+        for (n, (name, value)) in (1..).zip(filters) {
+            assert_eq!(request.form(&format!("Filter.{n}.Name")).as_deref(), Some(name));
+            assert_eq!(request.form(&format!("Filter.{n}.Value.1")).as_deref(), Some(value), "{name}");
+        }
+        assert_eq!(request.form("Filter.6.Name"), None);
+        assert_eq!(request.form("MaxResults").as_deref(), Some("1000"));
+    }
+}
+
+/// Part of a list must never be taken for the whole: whoever compares with it would give up what it does not show.
+#[tokio::test]
+async fn a_list_whose_second_page_fails_is_an_error() {
+    let requests = [
+        CloudRequest::DescribeNode { instance: instance() },
+        CloudRequest::DescribeUnattached { vpc: vpc(), tags: BTreeMap::new() },
+    ];
+    for request in requests {
+        let bench = bench(|request, _| match request.form("NextToken") {
+            None => Answer::ok(include_str!("answers/describe_network_interfaces_1.xml")),
+            Some(_) => refusal(503, "RequestLimitExceeded", "Request limit exceeded."),
+        });
+        assert_eq!(bench.call(request).await.unwrap_err().kind, Kind::Throttled);
+    }
+    let page = "<DescribeSubnetsResponse><subnetSet/><nextToken>more</nextToken></DescribeSubnetsResponse>";
+    let bench = bench(move |request, _| match request.form("NextToken") {
+        None => Answer::ok(page),
+        Some(_) => refusal(403, "UnauthorizedOperation", "no"),
+    });
+    let request = CloudRequest::DescribeSubnets { vpc: vpc(), availability_zone: "eu-west-1a".to_owned() };
+    assert_eq!(bench.call(request).await.unwrap_err().kind, Kind::Denied);
+}
+
+#[tokio::test]
+async fn a_list_without_end_is_refused() {
+    let bench = bench(|_, before| {
+        Answer::ok(format!(
+            "<DescribeNetworkInterfacesResponse><networkInterfaceSet/><nextToken>page-{before}</nextToken>\
+             </DescribeNetworkInterfacesResponse>"
+        ))
+    });
+    let error = bench.call(CloudRequest::DescribeNode { instance: instance() }).await.unwrap_err();
+    assert_eq!((error.kind, error.code.as_str()), (Kind::Transient, "Malformed"), "{error}");
+    assert!(error.message.contains("50 pages"), "{error}");
+    assert_eq!(bench.ec2.asked().len(), 50);
+}
+
+#[tokio::test]
 async fn describe_subnets_reads_what_a_pool_needs() {
     let bench = bench(|_, _| Answer::ok(include_str!("answers/describe_subnets.xml")));
     let request = CloudRequest::DescribeSubnets { vpc: vpc(), availability_zone: "eu-west-1a".to_owned() };
@@ -168,6 +238,26 @@ async fn describe_subnets_reads_what_a_pool_needs() {
     assert_eq!(asked.form("Filter.2.Name").as_deref(), Some("availability-zone"));
     assert_eq!(asked.form("Filter.2.Value.1").as_deref(), Some("eu-west-1a"));
     assert_eq!(asked.form("MaxResults").as_deref(), Some("200"));
+}
+
+#[tokio::test]
+async fn describe_subnets_follows_every_page() {
+    let subnet = |n: u32, token: &str| {
+        format!(
+            "<DescribeSubnetsResponse><subnetSet><item><subnetId>subnet-{n}</subnetId><cidrBlock>10.0.{n}.0/24</cidrBlock>\
+             <availableIpAddressCount>{n}</availableIpAddressCount></item></subnetSet>{token}</DescribeSubnetsResponse>"
+        )
+    };
+    let bench = bench(move |request, _| match request.form("NextToken") {
+        None => Answer::ok(subnet(1, "<nextToken>two</nextToken>")),
+        Some(_) => Answer::ok(subnet(2, "")),
+    });
+    let request = CloudRequest::DescribeSubnets { vpc: vpc(), availability_zone: "eu-west-1a".to_owned() };
+    let CloudReply::Subnets(subnets) = bench.call(request).await.unwrap() else { panic!("not subnets") };
+    let seen: Vec<_> = subnets.iter().map(|subnet| (subnet.id.as_str(), subnet.free_addresses)).collect();
+    assert_eq!(seen, [("subnet-1", 1), ("subnet-2", 2)]);
+    assert_eq!(bench.last().form("NextToken").as_deref(), Some("two"));
+    assert_eq!(bench.last().form("Filter.1.Name").as_deref(), Some("vpc-id"), "every page is filtered");
 }
 
 #[tokio::test]
@@ -250,6 +340,37 @@ async fn assign_returns_what_ec2_says_is_new() {
 }
 
 #[tokio::test]
+async fn assign_by_name_takes_nobody_elses() {
+    let bench = bench(|request, _| match request.form("Ipv4Prefix.1") {
+        None => Answer::ok(include_str!("answers/assign_addresses.xml")),
+        Some(_) => Answer::ok(include_str!("answers/assign_prefixes.xml")),
+    });
+    let named = |texts: &[&str]| CloudRequest::AssignNamed { eni: eni(), slots: slots(texts) };
+    let both = bench.call(named(&["10.0.1.9/32", "10.0.1.150/32", "10.0.1.16/28", "10.0.1.160/28"])).await.unwrap();
+    let all = slots(&["10.0.1.9/32", "10.0.1.150/32", "10.0.1.16/28", "10.0.1.160/28"]);
+    assert_eq!(both, CloudReply::Assigned(all));
+    let asked = bench.ec2.asked();
+    assert_eq!(asked.len(), 2, "EC2 does not say that it takes both kinds at once");
+    assert_eq!(asked[0].form("PrivateIpAddress.1").as_deref(), Some("10.0.1.9"));
+    assert_eq!(asked[0].form("PrivateIpAddress.2").as_deref(), Some("10.0.1.150"));
+    assert_eq!(asked[0].form("Ipv4Prefix.1"), None);
+    assert_eq!(asked[1].form("Ipv4Prefix.2").as_deref(), Some("10.0.1.160/28"));
+    assert_eq!(asked[1].form("PrivateIpAddress.1"), None);
+    for request in &asked {
+        assert_eq!(request.form("Action").as_deref(), Some("AssignPrivateIpAddresses"));
+        assert_eq!(request.form("NetworkInterfaceId").as_deref(), Some("eni-0bbbbbbbbbbbbbbb1"));
+        for never in ["AllowReassignment", "SecondaryPrivateIpAddressCount", "Ipv4PrefixCount"] {
+            assert_eq!(request.form(never), None, "{never}");
+        }
+    }
+
+    bench.call(named(&["10.0.1.16/28"])).await.unwrap();
+    assert_eq!(bench.ec2.asked().len(), 3);
+    assert_eq!(bench.call(named(&["10.0.0.0/16"])).await.unwrap_err().kind, Kind::Invalid);
+    assert_eq!(bench.ec2.asked().len(), 3, "a request that cannot be put is not sent");
+}
+
+#[tokio::test]
 async fn unassign_keeps_addresses_and_prefixes_apart() {
     let bench = bench(|_, _| Answer::ok(include_str!("answers/done.xml")));
     let unassign = |texts: &[&str]| CloudRequest::Unassign { eni: eni(), slots: slots(texts) };
@@ -277,6 +398,15 @@ async fn the_silent_actions_send_what_they_should() {
     assert_eq!(asked.form("Action").as_deref(), Some("ModifyNetworkInterfaceAttribute"));
     assert_eq!(asked.form("Attachment.AttachmentId").as_deref(), Some("eni-attach-0bbbbbbbbbbbbbbb1"));
     assert_eq!(asked.form("Attachment.DeleteOnTermination").as_deref(), Some("true"));
+
+    let groups = ["sg-2", "sg-1"].map(|id| SecurityGroupId::new(id).unwrap()).to_vec();
+    bench.call(CloudRequest::SetSecurityGroups { eni: eni(), security_groups: groups }).await.unwrap();
+    let asked = bench.last();
+    assert_eq!(asked.form("Action").as_deref(), Some("ModifyNetworkInterfaceAttribute"));
+    assert_eq!(asked.form("NetworkInterfaceId").as_deref(), Some("eni-0bbbbbbbbbbbbbbb1"));
+    assert_eq!(asked.form("SecurityGroupId.1").as_deref(), Some("sg-2"));
+    assert_eq!(asked.form("SecurityGroupId.2").as_deref(), Some("sg-1"));
+    assert_eq!(asked.form("Attachment.AttachmentId"), None, "one attribute a call");
 
     bench.call(CloudRequest::DetachEni { eni: eni(), attachment: attachment() }).await.unwrap();
     let asked = bench.last();
@@ -522,7 +652,7 @@ async fn region_and_credentials_are_looked_for_until_found() {
             ("PUT", _) if region => Answer::Http {
                 status: 200,
                 headers: vec![("x-aws-ec2-metadata-token-ttl-seconds", "60".to_owned())],
-                body: "token".to_owned(),
+                body: "token".into(),
             },
             (_, "/latest/meta-data/placement/region") if region => Answer::ok("eu-central-1"),
             (_, "/latest/meta-data/iam/security-credentials/") if role => Answer::ok("node"),

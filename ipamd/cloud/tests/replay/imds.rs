@@ -15,7 +15,7 @@ const PRIMARY: &str = "02:78:d7:00:8a:1e";
 const SECOND: &str = "02:78:d7:00:8a:2e";
 
 /// The leaves of a node with two ENIs, the second on card 1 with a prefix.
-fn leaf(path: &str) -> Option<String> {
+pub fn leaf(path: &str) -> Option<String> {
     let text = match path {
         "meta-data/mac" => PRIMARY,
         "meta-data/local-ipv4" => "10.0.1.17",
@@ -63,6 +63,7 @@ async fn a_whole_node_is_read() {
     assert_eq!(node.instance.as_str(), "i-0123456789abcdef0");
     assert_eq!((node.region.as_str(), node.availability_zone.as_str()), ("eu-west-1", "eu-west-1a"));
     assert_eq!((node.vpc.as_str(), node.instance_type.as_str()), ("vpc-0123456789abcdef0", "m5.large"));
+    assert!(!node.terminating);
     assert_eq!((node.primary_mac.to_string().as_str(), node.primary_ipv4.to_string().as_str()), (PRIMARY, "10.0.1.17"));
     let cidrs: Vec<String> = node.vpc_cidrs.iter().map(ToString::to_string).collect();
     assert_eq!(cidrs, ["10.0.0.0/16", "100.64.0.0/16"]);
@@ -80,6 +81,35 @@ async fn a_whole_node_is_read() {
 
     let tokens = imds.asked().iter().filter(|request| request.method == "PUT").count();
     assert_eq!(tokens, 1, "one session token serves the whole reading");
+}
+
+#[tokio::test]
+async fn an_announced_end_is_read_from_either_place() {
+    let spot = r#"{"action": "terminate", "time": "2026-01-31T12:02:00Z"}"#;
+    let table = [
+        (None, None, false),
+        (None, Some("InService"), false),
+        (None, Some("Standby"), false),
+        (None, Some("Terminated"), true),
+        (Some(spot), None, true),
+        (Some(spot), Some("InService"), true),
+        (Some(r#"{"action": "stop", "time": "2026-01-31T12:02:00Z"}"#), None, true),
+    ];
+    for (notice, lifecycle, terminating) in table {
+        let imds = crate::support::imds(Keys::any("AKIDEXAMPLE"), move |path, _| match path {
+            "meta-data/spot/instance-action" => notice.map(Answer::ok),
+            "meta-data/autoscaling/target-lifecycle-state" => lifecycle.map(Answer::ok),
+            _ => leaf(path).map(Answer::ok),
+        });
+        assert_eq!(read(&imds).await.unwrap().terminating, terminating, "{notice:?} {lifecycle:?}");
+    }
+
+    // A service that does not answer says nothing about the end: the reading fails, and is tried again.
+    let ill = crate::support::imds(Keys::any("AKIDEXAMPLE"), |path, _| match path {
+        "meta-data/spot/instance-action" => Some(Answer::status(503, "")),
+        _ => leaf(path).map(Answer::ok),
+    });
+    assert_eq!(read(&ill).await.unwrap_err().kind, Kind::Transient);
 }
 
 #[tokio::test]

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod damage;
 mod ec2;
 mod imds;
+mod preflight;
 mod support;

@@ -36,7 +36,7 @@ pub enum Answer {
     Http {
         status: u16,
         headers: Vec<(&'static str, String)>,
-        body: String,
+        body: Vec<u8>,
     },
     /// Close the connection without a word, the request having been read.
     Hangup,
@@ -45,11 +45,11 @@ pub enum Answer {
 }
 
 impl Answer {
-    pub fn ok(body: impl Into<String>) -> Self {
+    pub fn ok(body: impl Into<Vec<u8>>) -> Self {
         Self::status(200, body)
     }
 
-    pub fn status(status: u16, body: impl Into<String>) -> Self {
+    pub fn status(status: u16, body: impl Into<Vec<u8>>) -> Self {
         Self::Http { status, headers: Vec::new(), body: body.into() }
     }
 }
@@ -122,7 +122,8 @@ fn serve(
     for (name, value) in headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
-    let _ = (&connection).write_all(format!("{head}\r\n{body}").as_bytes());
+    head.push_str("\r\n");
+    let _ = (&connection).write_all(&[head.into_bytes(), body].concat());
 }
 
 fn read_request(connection: &TcpStream) -> Option<Request> {
@@ -191,7 +192,7 @@ pub fn imds(keys: Keys, leaf: impl Fn(&str, usize) -> Option<Answer> + Send + Sy
             return Answer::Http {
                 status: 200,
                 headers: vec![("x-aws-ec2-metadata-token-ttl-seconds", "21600".to_owned())],
-                body: "token".to_owned(),
+                body: "token".into(),
             };
         }
         if request.header("x-aws-ec2-metadata-token") != Some("token") {

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::setback::Subject;
 use super::{Live, Note, Op, OpId, Out, Pool};
-use crate::ids::{AttachmentId, DeviceIndex, EniId, Time};
+use crate::ids::{AttachmentId, DeviceIndex, EniId, SubnetId, Time};
 use crate::ledger::{EniRecord, Progress, Record};
 use crate::ports::{CloudError, CloudErrorKind, CloudReply, CloudRequest, EniView, Want};
 
@@ -66,6 +66,16 @@ impl Pool {
             let request = CloudRequest::DescribeInstanceType { instance_type: node.instance_type.clone() };
             self.start(Op::Limits, request, now, out);
         }
+        let unread: Vec<EniId> = self.live.iter().filter(|(_, live)| live.read_due).map(|(id, _)| id.clone()).collect();
+        for eni in unread {
+            if !self.may_call("DescribeNetworkInterfaces", now) {
+                break;
+            }
+            if let Some(live) = self.live.get_mut(&eni) {
+                live.read_due = false;
+            }
+            self.start(Op::ReadBack(eni.clone()), CloudRequest::DescribeEni { eni }, now, out);
+        }
         let verify_due = self.verify_due && self.metadata_read && !self.under_way(|op| *op == Op::Verify);
         if verify_due && self.may_call("DescribeNetworkInterfaces", now) {
             self.start(Op::Verify, CloudRequest::DescribeNode { instance: node.instance }, now, out);
@@ -120,6 +130,7 @@ impl Pool {
                     self.recovered(&Subject::EniPrefixes(eni.clone()));
                 }
                 if let Some(subnet) = self.ledger.enis.get(&eni).map(|record| record.subnet.clone()) {
+                    self.subnets.gave(&subnet, want);
                     self.recovered(&Subject::Subnet(subnet));
                 }
                 self.gain(&eni, slots, now, out);
@@ -148,6 +159,9 @@ impl Pool {
     }
 
     fn eni_created(&mut self, token: &str, view: &EniView, now: Time, out: &mut Out) {
+        if let Some(want) = self.ledger.creations.get(token).map(|creation| creation.want) {
+            self.subnets.gave(&view.subnet, want);
+        }
         self.recovered(&Subject::Subnet(view.subnet.clone()));
         // Without the subnet's CIDR there is no gateway: the intent stays open and finds the ENI again.
         let Some(subnet_cidr) = self.subnet_cidr(view) else {
@@ -246,7 +260,13 @@ impl Pool {
                 );
             }
             Op::Limits | Op::Verify | Op::ReadBack(_) | Op::Subnets | Op::Leaks => {
-                self.verify_due |= matches!(op, Op::ReadBack(_));
+                if let Op::ReadBack(eni) = op {
+                    // Gone or not to be seen yet: the whole list tells. Otherwise the same question again.
+                    match kind {
+                        K::NotFound => self.verify_due = true,
+                        _ => self.read_back(eni),
+                    }
+                }
                 // EC2 has had its chance: what the ledger says is served.
                 self.stop_doubting();
                 self.set_back(by_action, "this node".to_owned(), error, now, out);
@@ -270,10 +290,11 @@ impl Pool {
                     _ => self.release_refused(&op, kind.outcome_unknown() || kind == K::NotFound, out),
                 }
                 if kind.outcome_unknown() || kind == K::NotFound {
-                    self.start(Op::ReadBack(eni.clone()), CloudRequest::DescribeEni { eni }, now, out);
+                    self.read_back(eni);
                 }
             }
-            Op::Assign { eni, .. } => {
+            Op::Assign { eni, want } => {
+                let kind = short_of(kind, want);
                 let subnet = self.ledger.enis.get(&eni).map(|record| record.subnet.clone());
                 let subject = match (kind, subnet) {
                     (K::Throttled | K::Denied, _) => by_action,
@@ -281,8 +302,11 @@ impl Pool {
                     (K::SubnetEmpty, Some(subnet)) => Subject::Subnet(subnet),
                     _ => Subject::Eni(eni.clone()),
                 };
-                if matches!(kind, K::SubnetEmpty | K::Fragmented) {
-                    self.subnets.outdated();
+                let subnet = self.ledger.enis.get(&eni).map(|record| record.subnet.clone());
+                if matches!(kind, K::SubnetEmpty | K::Fragmented)
+                    && subnet.is_some_and(|subnet| self.asked_too_much(&subnet, want, &error, out))
+                {
+                    return;
                 }
                 let object = match &subject {
                     Subject::Subnet(subnet) => subnet.to_string(),
@@ -291,18 +315,23 @@ impl Pool {
                 self.set_back(subject, object, error, now, out);
                 if kind.outcome_unknown() || kind == K::EniFull {
                     // The call has no client token: read the ENI and adopt what came, rather than ask twice.
-                    self.start(Op::ReadBack(eni.clone()), CloudRequest::DescribeEni { eni }, now, out);
+                    self.read_back(eni);
                 }
             }
             Op::Create { token } => {
                 let creation = self.ledger.creations.get(&token).cloned();
+                let kind = creation.as_ref().map_or(kind, |creation| short_of(kind, creation.want));
                 let subject = match (kind, &creation) {
                     (K::Fragmented, Some(c)) => Subject::SubnetPrefixes(c.subnet.clone()),
                     (K::SubnetEmpty, Some(c)) => Subject::Subnet(c.subnet.clone()),
                     _ => by_action,
                 };
-                if matches!(kind, K::SubnetEmpty | K::Fragmented) {
-                    self.subnets.outdated();
+                if matches!(kind, K::SubnetEmpty | K::Fragmented)
+                    && let Some(c) = &creation
+                    && self.asked_too_much(&c.subnet, c.want, &error, out)
+                {
+                    self.record(Record::CreationEnded { token }, out);
+                    return;
                 }
                 let object = creation.map_or_else(|| "a new ENI".to_owned(), |c| c.subnet.to_string());
                 self.set_back(subject, object, error, now, out);
@@ -328,7 +357,8 @@ impl Pool {
                     self.record(Record::Eni(EniRecord { device, ..record }), out);
                 }
                 // An attach whose answer was lost, or an ENI that is in use: EC2's list says which it is.
-                self.verify_due |= kind.outcome_unknown() || kind == K::Busy;
+                // Where the instance is full, it says of how many, others' included.
+                self.verify_due |= kind.outcome_unknown() || matches!(kind, K::Busy | K::InstanceFull);
                 self.set_back(of_action_or_eni(&error, &eni), eni.to_string(), error, now, out);
             }
             Op::Delete(eni) if kind == K::NotFound => self.forget_eni(&eni, "deleted", now, out),
@@ -341,6 +371,30 @@ impl Pool {
             }
             Op::Program { .. } => {}
         }
+    }
+
+    /// EC2 refuses a whole call when the subnet cannot give all of it: less is asked for at once, down to one. False when
+    /// one was too much: then there is none.
+    fn asked_too_much(&mut self, subnet: &SubnetId, want: Want, error: &CloudError, out: &mut Out) -> bool {
+        self.subnets.outdated();
+        let less = self.subnets.ask_less(subnet, want);
+        if less {
+            out.note(Note::AskedTooMuch { subnet: subnet.clone(), want, code: error.code.clone() });
+        }
+        less
+    }
+
+    /// Has the ENI read by its id before anything else is done to it.
+    pub(super) fn read_back(&mut self, eni: EniId) {
+        if let Some(live) = self.live.get_mut(&eni) {
+            live.read_due = true;
+        }
+    }
+
+    /// A change of the ENI is under way, or the outcome of the last one is not known yet.
+    pub(super) fn is_changing(&self, eni: &EniId) -> bool {
+        let unread = self.live.get(eni).is_some_and(|live| live.read_due);
+        unread || self.under_way(|op| op.changes() == Some(eni) || *op == Op::ReadBack(eni.clone()))
     }
 
     /// Old enough to be visible if it were there, and nothing lives on it: somebody else has deleted it.
@@ -371,5 +425,15 @@ fn of_action_or_eni(error: &CloudError, eni: &EniId) -> Subject {
     match error.kind {
         CloudErrorKind::Throttled | CloudErrorKind::Denied => Subject::Action(error.action.clone()),
         _ => Subject::Eni(eni.clone()),
+    }
+}
+
+/// EC2's two words for "nothing left" by what was asked: a subnet too empty for one prefix may have single addresses all the
+/// same, and one that lacks blocks for a single address is empty.
+fn short_of(kind: CloudErrorKind, want: Want) -> CloudErrorKind {
+    match (kind, want) {
+        (CloudErrorKind::SubnetEmpty, Want::Prefixes(1)) => CloudErrorKind::Fragmented,
+        (CloudErrorKind::Fragmented, Want::Addresses(_)) => CloudErrorKind::SubnetEmpty,
+        _ => kind,
     }
 }

@@ -80,7 +80,11 @@ impl Pool {
         if self.settings.imds_only {
             self.trust_metadata(&metadata.enis, now, out);
         } else {
-            self.doubt_metadata(&metadata.enis, first_reading && !first_boot);
+            self.doubt_metadata(&metadata.enis, first_reading && !first_boot, now);
+        }
+        if first_boot && !self.settings.imds_only {
+            // Nothing to compare yet; what others do to this node's ENIs later must be seen all the same.
+            self.verify_by(now.plus_ms(VERIFY_EVERY_MS));
         }
         if first_boot {
             self.import(&metadata.enis, out);
@@ -110,8 +114,9 @@ impl Pool {
         }
     }
 
-    /// What only the metadata shows waits for EC2's word; so does, after a restart, what only the ledger says.
-    fn doubt_metadata(&mut self, views: &[EniView], after_restart: bool) {
+    /// What only the metadata shows waits for EC2's word; so does, after a restart, what only the ledger says. Later EC2 is
+    /// asked, once for each slot, about what the metadata does not show although it is too old for that to be a lag.
+    fn doubt_metadata(&mut self, views: &[EniView], after_restart: bool, now: Time) {
         for view in views {
             let Some(live) = self.live.get_mut(&view.id) else {
                 let known = self.foreign.values().flatten().any(|id| *id == view.id);
@@ -122,6 +127,10 @@ impl Pool {
             let more = view.slots.difference(&held).filter(|slot| !self.ledger.given_up.contains_key(*slot));
             live.quarantined = more.copied().collect();
             self.verify_due |= !live.quarantined.is_empty();
+            let old = |slot: &IpNet| live.gained.get(slot).is_none_or(|at| now.since_ms(*at) >= READINGS_LAG_MS);
+            let lacking: BTreeSet<IpNet> = held.difference(&view.slots).filter(|slot| old(slot)).copied().collect();
+            self.verify_due |= !lacking.is_subset(&live.lacking);
+            live.lacking.extend(lacking);
             if after_restart {
                 live.doubted = held.difference(&view.slots).copied().collect();
             }
@@ -152,6 +161,8 @@ impl Pool {
             self.compare_slots(view, asked_at, now, out);
         }
         self.compare_enis(views, asked_at, now, out);
+        let here = u32::try_from(views.iter().filter(|view| view.card == 0).count()).unwrap_or(u32::MAX);
+        self.learned_max_enis = self.learned_max_enis.map(|learned| learned.max(here));
         let ours = views.iter().filter(|view| self.is_ours(view) && !self.ledger.forgotten.contains_key(&view.id));
         self.cloud_seen = Some((asked_at, ours.cloned().collect()));
     }
@@ -339,7 +350,7 @@ impl Pool {
         self.verify_by(now.plus_ms(VERIFY_AGAIN_MS));
         let believed = |slot: &&IpNet| before.get(*slot).is_some_and(|at| asked_at.since_ms(*at) >= BELIEVED_AFTER_MS);
         let (lived_in, empty): (BTreeSet<IpNet>, BTreeSet<IpNet>) =
-            less.iter().filter(believed).partition(|slot| self.somebody_lives_in(slot));
+            less.iter().filter(believed).partition(|slot| self.somebody_lives_in(slot) && !self.moved(slot, eni));
         if !empty.is_empty() {
             let text = format!("{} given up in the ledger: EC2 has not shown it in two readings", list(&empty));
             out.note(Note::Reconciled { eni: eni.clone(), text });
@@ -348,6 +359,12 @@ impl Pool {
         if !lived_in.is_empty() {
             self.reclaim(eni, lived_in, now, out);
         }
+    }
+
+    /// It has come back in another shape: on another ENI of ours, or within a prefix. Whoever lives there lives in that.
+    fn moved(&self, slot: &IpNet, from: &EniId) -> bool {
+        let covers = |eni: &EniId, held: &IpNet| held.contains(slot) && (eni != from || held != slot);
+        self.ledger.slots.iter().any(|(eni, slots)| slots.iter().any(|held| covers(eni, held)))
     }
 
     /// A pod of the ledger or a pod route of the kernel is in the slot.

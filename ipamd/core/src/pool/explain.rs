@@ -182,9 +182,14 @@ impl Pool {
         let kernel_at = self.kernel.read_at;
         let cloud_at = self.cloud_seen.as_ref().map(|(at, _)| *at);
         let newest_change = self.live.values().map(|live| live.changed_at).max().unwrap_or_default();
-        if cloud_at.is_some_and(|at| at <= newest_change) && !self.verify_due {
-            // Something changed in EC2 since it was read: comparing with that reading would find ghosts.
+        let asked = self.audits.iter().map(|(_, at)| *at).max().unwrap_or_default();
+        if cloud_at.is_some_and(|at| at <= newest_change || at < asked) {
+            // Something changed in EC2 since it was read, and comparing with that reading would find ghosts; or what came
+            // was on its way already when the question was asked.
             self.verify_due = self.may_read();
+        }
+        if kernel_at.is_some_and(|at| at < asked) {
+            self.kernel.recheck_at = Some(now);
         }
         let may_read = self.may_read();
         let fresh = |asked: Time| {

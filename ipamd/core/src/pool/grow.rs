@@ -29,6 +29,10 @@ impl Pool {
             return;
         }
         let creations: Vec<Creation> = self.ledger.creations.values().cloned().collect();
+        if !creations.is_empty() {
+            // Without the CIDR of its subnet a new ENI cannot be used.
+            self.subnets_awaited(now, out);
+        }
         for creation in creations {
             self.create(&node, creation, now, out);
         }
@@ -151,7 +155,8 @@ impl Pool {
 
     /// Before EC2 has confirmed the ledger, what seems missing may be there.
     fn may_grow(&self) -> bool {
-        let asking = self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
+        let unread = self.live.values().any(|live| live.read_due);
+        let asking = unread || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
         let wanted = !self.winding_down() || !self.waiting.is_empty();
         self.may_change() && wanted && !self.verify_due && !asking
     }
@@ -274,16 +279,22 @@ impl Pool {
             let Some(live) = self.live.get(&eni.id).filter(|_| self.serves_pods(&eni.id)) else { continue };
             let held = self.ledger.slots.get(&eni.id).map_or(0, |slots| slots.len() + live.quarantined.len());
             let free_slots = frame.slots_per_eni.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
-            let busy = self.under_way(|op| op.changes() == Some(&eni.id) || *op == Op::ReadBack(eni.id.clone()));
+            let busy = self.is_changing(&eni.id);
             let rests = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
             let refused = rests || denied || self.is_stuck(&eni.id, now);
-            let waits = busy || throttled || eni.progress == Progress::Created;
+            let waits = busy || throttled || self.is_being_sounded(&eni.subnet) || eni.progress == Progress::Created;
             let singles_only = self.rests(&Subject::EniPrefixes(eni.id.clone()));
             if waits && !refused {
                 let size = if singles_only { 1 } else { frame.slot_size() };
                 later += free_slots.saturating_sub(self.slots_coming_to(&eni.id)) * size;
             }
-            rooms.push(EniRoom { eni: eni.id.clone(), free_slots, resting: waits || refused, singles_only });
+            rooms.push(EniRoom {
+                eni: eni.id.clone(),
+                free_slots,
+                resting: waits || refused,
+                singles_only,
+                at_most: self.subnets.at_most(&eni.subnet),
+            });
         }
         Some(Means {
             mode: frame.mode,
@@ -394,7 +405,7 @@ impl Pool {
     }
 
     /// Single addresses that serve nobody, on a node that would rather have prefixes.
-    fn idle_singles(&self) -> u32 {
+    pub(super) fn idle_singles(&self) -> u32 {
         if self.frame().is_none_or(|frame| frame.mode == Mode::Addresses) {
             return 0;
         }

@@ -42,7 +42,8 @@ impl Leaks {
 impl Pool {
     /// One step of the collection, when nothing else is to be asked of EC2.
     pub(super) fn collect_leaks(&mut self, now: Time, out: &mut Out) {
-        if !self.settings.leaked_cleanup || !self.may_give_back() || !self.waiting.is_empty() {
+        // Not put off by pods that wait: what has leaked may hold the very addresses they wait for.
+        if !self.settings.leaked_cleanup || !self.may_give_back() {
             self.leaks.next_at = None;
             return;
         }

@@ -215,10 +215,14 @@ struct Live {
     quarantined: BTreeSet<IpNet>,
     /// Slots of the ledger that IMDS does not show after a restart: not handed out until EC2 has spoken, or cannot.
     doubted: BTreeSet<IpNet>,
+    /// Slots that IMDS did not show at some time, long after they came: EC2 has been asked about them.
+    lacking: BTreeSet<IpNet>,
     /// When each slot came, as far as this life of the daemon knows.
     gained: BTreeMap<IpNet, Time>,
     /// Nothing is given back on the word of a reading of the kernel that began before this.
     fenced_at: Option<Time>,
+    /// The outcome of a change is not known: to be read before anything else is done to it.
+    read_due: bool,
     /// EC2 may have given it back already: only its word lifts the fence.
     fence_uncertain: bool,
     /// When we last learnt something of it from an answer of EC2: an older reading says nothing against that.
@@ -233,8 +237,10 @@ impl Live {
             told: BTreeSet::new(),
             quarantined: BTreeSet::new(),
             doubted: BTreeSet::new(),
+            lacking: BTreeSet::new(),
             gained: BTreeMap::new(),
             fenced_at: None,
+            read_due: false,
             fence_uncertain: false,
             changed_at: now,
         }
@@ -507,6 +513,12 @@ impl Pool {
         if let Record::Released { allocation, .. } = &record {
             // A DEL unwires before it releases; should the route still be there, the next look at the kernel says so.
             self.kernel.pods.routes.remove(&allocation.address);
+        }
+        if let Record::GivenUp { eni, slots, .. } = &record
+            && let Some(live) = self.live.get_mut(eni)
+        {
+            // Should one come back, the kernel has to be told again before it serves.
+            live.told.retain(|slot| !slots.contains(slot));
         }
         self.ledger.apply(&record);
         self.version += 1;

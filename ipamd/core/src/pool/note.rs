@@ -8,8 +8,8 @@ use ipnet::IpNet;
 
 use super::Failure;
 use super::compare::list;
-use crate::ids::{EniId, PodName, SandboxId};
-use crate::ports::CloudError;
+use crate::ids::{EniId, PodName, SandboxId, SubnetId};
+use crate::ports::{CloudError, Want};
 
 /// Something an operator would mention, as data.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +90,12 @@ pub enum Note {
     /// An operator, the API server or EC2 has said something new about this node.
     NodeStateChanged {
         text: String,
+    },
+    /// The subnet could not give all that one call asked for; the next asks for half.
+    AskedTooMuch {
+        subnet: SubnetId,
+        want: Want,
+        code: String,
     },
     /// A pod's patience ended without an address.
     Refused {
@@ -174,6 +180,9 @@ impl fmt::Display for Note {
                 write!(f, "{sandbox} taken over with {address}, which no ENI shows: kept, and given to nobody else")
             }
             Self::NodeStateChanged { text } => write!(f, "this node: {text}"),
+            Self::AskedTooMuch { subnet, want, code } => {
+                write!(f, "{subnet} cannot give {want} at once ({code}); half of that is asked for next")
+            }
             Self::Refused { pod, failure } => write!(f, "pod {pod} got no address: {}", failure.message),
         }
     }

@@ -15,6 +15,7 @@ use super::{Note, Op, Out, Pool};
 use crate::ids::{DeviceIndex, EniId, Time};
 use crate::ledger::{EniRecord, Progress, Record};
 use crate::pick;
+use crate::plan::Means;
 use crate::ports::CloudRequest;
 use crate::release::{self, EniUse, Release, SlotUse};
 use crate::target::Wanted;
@@ -44,7 +45,8 @@ impl Pool {
             return;
         };
         let looking = self.release_at.is_none_or(|at| at <= now);
-        if target.spare == 0 && target.surplus == 0 && !self.has_idle_eni() {
+        let singles = self.idle_singles();
+        if target.spare == 0 && target.surplus == 0 && singles == 0 && !self.has_idle_eni() {
             self.release_at = None;
             return;
         }
@@ -56,11 +58,20 @@ impl Pool {
         let going = !self.ledger.releasing.is_empty() || self.ledger.enis.values().any(|eni| eni.leaving.is_some());
         let busy = self.under_way(|op| op.changes().is_some()) || !self.ledger.creations.is_empty();
         let first_look = self.verify_due || self.kernel.read_at.is_none();
-        if going || busy || first_look || !self.waiting.is_empty() || target.wanted != Wanted::Enough {
+        if going || busy || first_look || !self.waiting.is_empty() {
             return;
         }
         let Some(frame) = self.frame() else { return };
-        let Some(chosen) = release::release(&target, frame.mode, &self.uses(now)) else { return };
+        let mut uses = self.uses(now);
+        let mut chosen = match target.wanted {
+            Wanted::Enough => release::release(&target, frame.mode, &uses),
+            _ => None,
+        };
+        if chosen.is_none() && singles > 0 && self.is_full(now) {
+            uses.retain(|eni| self.may_have_prefixes(&eni.eni));
+            chosen = release::room_for_a_prefix(&uses);
+        }
+        let Some(chosen) = chosen else { return };
         // A fence costs addresses while it stands: none is put up for a call that could not be made.
         let action = match &chosen {
             Release::Slots { .. } => "UnassignPrivateIpAddresses",
@@ -88,6 +99,18 @@ impl Pool {
             live.fenced_at = Some(now);
         }
         self.kernel.recheck_at = Some(now);
+    }
+
+    /// Every slot that the instance can have is taken.
+    fn is_full(&self, now: Time) -> bool {
+        let room = |means: &Means| means.new_enis > 0 || means.enis.iter().any(|eni| eni.free_slots > 0);
+        self.means(now).is_some_and(|means| !room(&means))
+    }
+
+    /// EC2 has not refused the ENI or its subnet a /28 a moment ago.
+    fn may_have_prefixes(&self, eni: &EniId) -> bool {
+        let subnet = self.ledger.enis.get(eni).map(|record| Subject::SubnetPrefixes(record.subnet.clone()));
+        !self.rests(&Subject::EniPrefixes(eni.clone())) && subnet.is_none_or(|subnet| !self.rests(&subnet))
     }
 
     fn has_idle_eni(&self) -> bool {
@@ -118,11 +141,10 @@ impl Pool {
     fn uses(&self, now: Time) -> Vec<EniUse> {
         let pods = self.pods_by_eni();
         let settled = |eni: &&EniRecord| eni.progress == Progress::Settled && eni.leaving.is_none();
-        let enis = self.ledger.enis.values().filter(settled).filter(|eni| {
-            !self.is_gone(&eni.id)
-                && !self.unmanaged.contains(&eni.id)
-                && !self.under_way(|op| op.changes() == Some(&eni.id))
-        });
+        let enis =
+            self.ledger.enis.values().filter(settled).filter(|eni| {
+                !self.is_gone(&eni.id) && !self.unmanaged.contains(&eni.id) && !self.is_changing(&eni.id)
+            });
         enis.filter_map(|eni| {
             let live = self.live.get(&eni.id)?;
             let unseen = self.ledger.unseen.get(&eni.id);
@@ -188,7 +210,7 @@ impl Pool {
                 }
                 continue;
             }
-            let busy = self.under_way(|op| op.changes() == Some(&eni) || *op == Op::ReadBack(eni.clone()));
+            let busy = self.is_changing(&eni);
             if busy || self.rests(&Subject::Eni(eni.clone())) || !self.may_call("UnassignPrivateIpAddresses", now) {
                 continue;
             }
@@ -217,7 +239,7 @@ impl Pool {
                 }
                 continue;
             }
-            let busy = self.under_way(|op| op.changes() == Some(&eni.id) || *op == Op::ReadBack(eni.id.clone()));
+            let busy = self.is_changing(&eni.id);
             if busy || self.rests(&Subject::Eni(eni.id.clone())) || !self.may_call("DetachNetworkInterface", now) {
                 continue;
             }
@@ -291,7 +313,7 @@ impl Pool {
 
     /// Gives an ENI back what it lost while pods live there. EC2 refuses if somebody else has it meanwhile.
     pub(super) fn reclaim(&mut self, eni: &EniId, slots: BTreeSet<IpNet>, now: Time, out: &mut Out) {
-        let busy = self.under_way(|op| op.changes() == Some(eni));
+        let busy = self.is_changing(eni);
         let rests = self.rests(&Subject::Lost(eni.clone()));
         if busy || rests || !self.may_change() || !self.may_call("AssignPrivateIpAddresses", now) {
             return;

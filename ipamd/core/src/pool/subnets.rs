@@ -1,12 +1,12 @@
 //! Which subnets may new ENIs be made in? The tags of the add-on decide, and EC2's count of free addresses orders.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::setback::Subject;
 use super::{Op, Out, Pool};
 use crate::ids::{SubnetId, Time};
-use crate::plan::SubnetRoom;
-use crate::ports::{CloudRequest, SubnetView};
+use crate::plan::{AtMost, SubnetRoom};
+use crate::ports::{CloudRequest, SubnetView, Want};
 
 /// `0`: never for pods; any other value: for pods.
 const ROLE_TAG: &str = "kubernetes.io/role/cni";
@@ -22,11 +22,13 @@ pub struct Subnets {
     read_at: Option<Time>,
     /// EC2 said something that the list does not: read it again.
     outdated: bool,
+    /// What one call may ask for in a subnet that could not give more a moment ago.
+    at_most: BTreeMap<SubnetId, AtMost>,
 }
 
 impl Subnets {
     pub fn arrived(&mut self, list: Vec<SubnetView>, now: Time) {
-        *self = Self { list, read_at: Some(now), outdated: false };
+        (self.list, self.read_at, self.outdated) = (list, Some(now), false);
     }
 
     pub fn list(&self) -> &[SubnetView] {
@@ -35,6 +37,30 @@ impl Subnets {
 
     pub fn get(&self, id: &SubnetId) -> Option<&SubnetView> {
         self.list.iter().find(|subnet| subnet.id == *id)
+    }
+
+    pub fn at_most(&self, id: &SubnetId) -> AtMost {
+        self.at_most.get(id).copied().unwrap_or(AtMost::ANY)
+    }
+
+    /// The subnet could not give as much: half of it is asked for next. False when it was one already: there is none.
+    pub fn ask_less(&mut self, id: &SubnetId, want: Want) -> bool {
+        let at_most = self.at_most.entry(id.clone()).or_insert(AtMost::ANY);
+        let half = (want.slots() / 2).max(1);
+        match want {
+            Want::Addresses(_) => at_most.addresses = half,
+            Want::Prefixes(_) => at_most.prefixes = half,
+        }
+        want.slots() > 1
+    }
+
+    /// The subnet gave what was asked for: twice as much may be asked for next.
+    pub fn gave(&mut self, id: &SubnetId, want: Want) {
+        let Some(at_most) = self.at_most.get_mut(id) else { return };
+        match want {
+            Want::Addresses(n) => at_most.addresses = at_most.addresses.max(n.saturating_mul(2)),
+            Want::Prefixes(n) => at_most.prefixes = at_most.prefixes.max(n.saturating_mul(2)),
+        }
     }
 
     pub fn outdated(&mut self) {
@@ -61,12 +87,24 @@ impl Pool {
     /// Subnets for new ENIs, best first, without those that EC2 said are empty a moment ago.
     pub(super) fn subnet_rooms(&self) -> Vec<SubnetRoom> {
         let usable = self.usable_subnets().into_iter();
-        let usable = usable.filter(|subnet| !self.rests(&Subject::Subnet(subnet.clone())));
+        let usable =
+            usable.filter(|subnet| !self.rests(&Subject::Subnet(subnet.clone())) && !self.is_being_sounded(subnet));
         let room = |subnet: SubnetId| SubnetRoom {
             singles_only: self.rests(&Subject::SubnetPrefixes(subnet.clone())),
+            at_most: self.subnets.at_most(&subnet),
             subnet,
         };
         usable.map(room).collect()
+    }
+
+    /// The subnet could not give what was asked, and a smaller ask is under way: whatever else is missing waits for that.
+    pub(super) fn is_being_sounded(&self, subnet: &SubnetId) -> bool {
+        let asked_in = |op: &Op| match op {
+            Op::Assign { eni, .. } => self.ledger.enis.get(eni).is_some_and(|eni| eni.subnet == *subnet),
+            Op::Create { token } => self.ledger.creations.get(token).is_some_and(|c| c.subnet == *subnet),
+            _ => false,
+        };
+        self.subnets.at_most(subnet) != AtMost::ANY && self.under_way(asked_in)
     }
 
     fn usable_subnets(&self) -> Vec<SubnetId> {

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use super::setback::{Setback, Subject};
-use super::{Op, Pool};
+use super::{NodeState, Op, Pool};
 use crate::ids::{DeviceIndex, EniId, MacAddress, RouteTable, SubnetId, Time};
 use crate::ledger::{Allocation, NodeFacts, Progress};
 use crate::ports::{CloudErrorKind, InstanceLimits};
@@ -85,6 +85,10 @@ pub struct PoolStatus {
     pub enis: Vec<EniRow>,
     pub pods: Vec<Allocation>,
     pub setbacks: Vec<Setback>,
+    /// What operators and the API server say of this node.
+    pub node_state: NodeState,
+    /// EC2 has announced the end of this instance.
+    pub terminating: bool,
     pub settings: Settings,
     pub now: Time,
 }
@@ -167,6 +171,8 @@ impl Pool {
             enis,
             pods: self.ledger.pods.values().cloned().collect(),
             setbacks: self.setbacks.values().cloned().collect(),
+            node_state: self.node_state.clone(),
+            terminating: self.terminating,
             settings: self.settings.clone(),
             now,
         }

@@ -8,7 +8,7 @@ use flatwire_core::limits::{self, InstanceType};
 use super::eni::{NewEni, Wanted, no_prefixes, too_many_addresses};
 use super::{State, TERMINATED_VISIBLE_MS, Transition};
 use crate::error::{ApiError, Kind};
-use crate::view::{EniStatus, InstanceInfo, InstanceState, Tags};
+use crate::view::{Ending, EniStatus, InstanceInfo, InstanceState, Tags};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Instance {
@@ -19,6 +19,8 @@ pub(crate) struct Instance {
     pub(crate) key_name: Option<String>,
     /// `HttpTokens` is `required`.
     pub(crate) tokens_required: bool,
+    /// Announced, and not carried out by itself.
+    pub(crate) ending: Option<(Ending, Time)>,
 }
 
 /// One launch, with all its interfaces spelt out.
@@ -143,6 +145,7 @@ impl State {
             client_token: launch.client_token.clone(),
             key_name: launch.key_name.clone(),
             tokens_required: launch.tokens_required,
+            ending: None,
         };
         self.instances.insert(id.clone(), instance);
         self.later(now.plus_ms(run_ms), Transition::InstanceRunning(id.clone()));
@@ -193,6 +196,14 @@ impl State {
         self.later(now.plus_ms(self.options.delays.terminate_ms), Transition::InstanceTerminated(id.clone()));
         self.changed();
         Ok((before, InstanceState::ShuttingDown))
+    }
+
+    /// From now on the metadata service tells the instance that it will be taken away.
+    pub(crate) fn announce_end(&mut self, now: Time, id: &InstanceId, ending: Ending) -> Result<(), ApiError> {
+        let instance = self.instances.get_mut(id).ok_or_else(|| Kind::Instance.not_found(id))?;
+        instance.ending = Some((ending, now));
+        self.changed();
+        Ok(())
     }
 
     pub(super) fn finish_termination(&mut self, now: Time, id: &InstanceId) {

@@ -3,7 +3,9 @@
 use std::str::FromStr;
 
 use flatwire_core::ids::{DeviceIndex, InstanceId, Time};
-use lab_ec2::{Delays, Ec2, Faults, ImdsRequest, ImdsResponse, ImdsRule, NODE_ROLE, Options, RunInstance, Tags, When};
+use lab_ec2::{
+    Delays, Ec2, Ending, Faults, ImdsRequest, ImdsResponse, ImdsRule, NODE_ROLE, Options, RunInstance, Tags, When,
+};
 
 struct Node {
     ec2: Ec2,
@@ -197,4 +199,20 @@ fn injected_faults_meet_reads() {
     let mac = node.value("meta-data/mac");
     let path = format!("meta-data/network/interfaces/macs/{mac}/local-ipv4s");
     assert_eq!((node.get(&path).0, node.get(&path).0), (503, 200));
+}
+
+#[test]
+fn an_end_that_was_announced_is_shown_in_its_own_way() {
+    let node = Node::new(Delays::NONE);
+    for leaf in ["spot/instance-action", "autoscaling/target-lifecycle-state"] {
+        assert_eq!(node.get(&format!("meta-data/{leaf}")).0, 404, "{leaf} of a node that stays");
+    }
+    node.ec2.announce_end(node.now, &node.id, Ending::ScaleIn).unwrap();
+    assert_eq!(node.value("meta-data/autoscaling/target-lifecycle-state"), "Terminated");
+    node.ec2.announce_end(node.now, &node.id, Ending::Spot).unwrap();
+    let notice: serde_json::Value = serde_json::from_str(&node.value("meta-data/spot/instance-action")).unwrap();
+    assert_eq!((&notice["action"], &notice["time"]), (&"terminate".into(), &"2023-11-14T22:15:20Z".into()));
+    let nobody = InstanceId::from_str("i-0").unwrap();
+    let refused = node.ec2.announce_end(node.now, &nobody, Ending::Spot).unwrap_err();
+    assert_eq!(refused.code, "InvalidInstanceID.NotFound");
 }

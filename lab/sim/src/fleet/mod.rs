@@ -13,7 +13,7 @@ use flatwire_core::ids::{InstanceId, SubnetId, Time};
 use flatwire_core::pool::{NodeState, Pool};
 use lab_ec2::{Bucket, Buckets, CallCount, Caller, Ec2, Options, RunInstance};
 
-pub use table::table;
+pub use table::{SHAPES, Verdict, race_both};
 
 use crate::cloud::Cloud;
 use crate::dice::Dice;
@@ -196,7 +196,14 @@ struct OurNode<'e> {
 
 impl<'e> OurNode<'e> {
     fn new(ec2: &'e Ec2, instance: InstanceId, shape: &Shape, dice: Dice, now: Time) -> Box<Self> {
-        let cloud = Cloud { caller: caller(), instance, page_size: 100, describe_lag_ms: 0, imds_partial: false };
+        let cloud = Cloud {
+            caller: caller(),
+            instance,
+            page_size: 100,
+            describe_lag_ms: 0,
+            imds_partial: false,
+            imds_stands: None,
+        };
         let habits = Habits { again_ms: AGAIN_MS, ..Habits::default() };
         let pace = Pace { cloud_ms: ONE_WAY_MS, kernel_ms: 20, slow_percent: 0 };
         let node = Node::new(shape.settings(), cloud, habits, pace, dice, now);

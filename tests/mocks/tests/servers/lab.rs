@@ -7,8 +7,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flatwire_cloud::{AwsCloud, Config};
-use flatwire_core::ids::EniId;
+use flatwire_cloud::{ACTIONS, AwsCloud, Config, PermissionOutcome};
+use flatwire_core::ids::{DeviceIndex, EniId, SecurityGroupId, VpcId};
 use flatwire_core::ports::{
     Cloud, CloudErrorKind as Kind, CloudReply, CloudRequest, EniStatus, EniView, Metadata, Want,
 };
@@ -16,7 +16,7 @@ use flatwire_mock_tests::root;
 use flatwire_mock_tests::server::Place;
 use flatwire_mock_tests::walk::Walk;
 use lab_ec2::{
-    Bucket, Buckets, Delays, Ec2, Fault, FaultRule, Faults, NODE_ROLE, Options, RunInstance, When, wall_clock,
+    Bucket, Buckets, Delays, Ec2, Ending, Fault, FaultRule, Faults, NODE_ROLE, Options, RunInstance, When, wall_clock,
 };
 use tokio::net::TcpListener;
 
@@ -121,18 +121,141 @@ async fn lab_walk() {
     lab.walk().run().await;
 }
 
+/// The actions that the IAM policy we ship allows.
+fn shipped_policy() -> BTreeSet<String> {
+    let policy = std::fs::read_to_string(root().join("deploy/iam/policy-ipv4.json")).unwrap();
+    let policy: serde_json::Value = serde_json::from_str(&policy).unwrap();
+    let statements = policy["Statement"].as_array().unwrap().iter();
+    let actions = statements.flat_map(|statement| statement["Action"].as_array().unwrap());
+    actions.map(|action| action.as_str().unwrap().to_owned()).collect()
+}
+
+/// The preflight finds exactly what is missing, and asking changes nothing.
+#[tokio::test]
+async fn a_preflight_names_the_action_that_the_policy_lacks() {
+    let lab = lab(instant(), "10.0.0.0/20", 0).await;
+    let before = lab.ec2.view(wall_clock());
+    let shipped = shipped_policy();
+    for missing in [None].into_iter().chain(ACTIONS.map(Some)) {
+        let mut allowed = shipped.clone();
+        let known = missing.is_none_or(|action| allowed.remove(&format!("ec2:{action}")));
+        assert!(known, "the policy does not name {missing:?}");
+        lab.ec2.set_role(NODE_ROLE, Some(allowed));
+        for permission in lab.cloud.permissions().await {
+            let action = permission.action;
+            match permission.outcome {
+                PermissionOutcome::Allowed => assert_ne!(Some(action), missing),
+                // Creating with tags needs the right to tag, and detaching is asked about an attachment that EC2 must show.
+                PermissionOutcome::Denied { message } => {
+                    let due =
+                        Some(action) == missing || (action, missing) == ("CreateNetworkInterface", Some("CreateTags"));
+                    assert!(due, "{action} without {missing:?}: {message}");
+                    assert!(message.contains(missing.unwrap()) && !message.contains("Encoded"), "{message}");
+                }
+                PermissionOutcome::Unknown { why } => {
+                    assert_eq!(
+                        (action, missing),
+                        ("DetachNetworkInterface", Some("DescribeNetworkInterfaces")),
+                        "{why}"
+                    );
+                }
+            }
+        }
+    }
+    let after = lab.ec2.view(wall_clock());
+    assert_eq!((after.version, after.enis), (before.version, before.enis));
+
+    let service = lab.cloud.metadata_service().await;
+    assert_eq!(service.instance.unwrap(), lab.place.instance);
+    let options = service.options.unwrap();
+    assert_eq!((options.hop_limit, options.tokens_required), (2, true));
+}
+
+#[tokio::test]
+async fn an_announced_end_reaches_the_metadata() {
+    let lab = lab(instant(), "10.0.0.0/24", 0).await;
+    assert!(!lab.metadata().await.terminating);
+    for ending in [Ending::ScaleIn, Ending::Spot] {
+        lab.ec2.announce_end(wall_clock(), &lab.place.instance, ending).unwrap();
+        assert!(lab.metadata().await.terminating, "{ending:?}");
+    }
+}
+
+/// Addresses come back by their names unless somebody else has them by now.
+#[tokio::test]
+async fn what_was_lost_comes_back_by_name_unless_another_took_it() {
+    let lab = lab(instant(), "10.0.0.0/24", 1).await;
+    let eni = lab.primary().await;
+    let assign = CloudRequest::Assign { eni: eni.clone(), want: Want::Addresses(2) };
+    lab.cloud.call(assign).await.unwrap();
+    let held = lab.node().await[0].slots.clone();
+    lab.cloud.call(CloudRequest::Unassign { eni: eni.clone(), slots: held.clone() }).await.unwrap();
+    assert!(lab.node().await[0].slots.is_empty());
+    let back = CloudRequest::AssignNamed { eni: eni.clone(), slots: held.clone() };
+    assert_eq!(lab.cloud.call(back.clone()).await.unwrap(), CloudReply::Assigned(held.clone()));
+    assert_eq!(lab.node().await[0].slots, held);
+
+    lab.cloud.call(CloudRequest::Unassign { eni: eni.clone(), slots: held.clone() }).await.unwrap();
+    let CloudReply::Created(other) = lab.cloud.call(lab.creation(Want::Addresses(0), "o")).await.unwrap() else {
+        panic!("not created")
+    };
+    let taken = CloudRequest::AssignNamed { eni: other.id.clone(), slots: held.clone() };
+    lab.cloud.call(taken).await.unwrap();
+    let error = lab.cloud.call(back).await.unwrap_err();
+    assert_eq!(error.kind, Kind::Invalid, "{error}");
+    let CloudReply::Eni(view) = lab.cloud.call(CloudRequest::DescribeEni { eni: other.id }).await.unwrap() else {
+        panic!("not an ENI")
+    };
+    assert_eq!(view.slots, held, "nothing was taken from the other ENI");
+}
+
+#[tokio::test]
+async fn groups_follow_and_foreign_ones_are_refused() {
+    let lab = lab(instant(), "10.0.0.0/24", 0).await;
+    let eni = lab.primary().await;
+    let more = lab.ec2.create_security_group(wall_clock(), &lab.place.vpc, "more").unwrap();
+    let both = vec![lab.place.group.clone(), more];
+    let set = |groups: &[SecurityGroupId]| CloudRequest::SetSecurityGroups {
+        eni: eni.clone(),
+        security_groups: groups.to_vec(),
+    };
+    assert_eq!(lab.cloud.call(set(&both)).await.unwrap(), CloudReply::Done);
+    assert_eq!(lab.node().await[0].security_groups, both);
+    let nobody = SecurityGroupId::new("sg-00000000000000001").unwrap();
+    let error = lab.cloud.call(set(&[nobody])).await.unwrap_err();
+    assert_eq!(error.kind, Kind::NotFound, "{error}");
+    assert_eq!(lab.node().await[0].security_groups, both);
+}
+
+/// Leaked ENIs fill several pages, and those of other clusters, other VPCs and in use are not among them.
+#[tokio::test]
+async fn unattached_enis_are_found_over_all_pages() {
+    let lab = lab(instant(), "10.0.0.0/18", 0).await;
+    let now = wall_clock();
+    let node = ("node.k8s.amazonaws.com/instance_id".to_owned(), "i-0".to_owned());
+    let cluster = |name: &str| ("cluster.k8s.amazonaws.com/name".to_owned(), name.to_owned());
+    let made = |tags: Vec<(String, String)>| {
+        lab.ec2.create_eni(now, &lab.place.subnet, &[], "", tags.into_iter().collect()).unwrap()
+    };
+    let ours: BTreeSet<EniId> = (0..1_005).map(|_| made(vec![node.clone(), cluster("c")])).collect();
+    made(vec![node.clone(), cluster("other")]);
+    made(vec![cluster("c")]);
+    let used = made(vec![node, cluster("c")]);
+    lab.ec2.attach_eni(now, &used, &lab.place.instance, DeviceIndex(1), 0).unwrap();
+    let tags = BTreeMap::from([cluster("c")]);
+    let request = CloudRequest::DescribeUnattached { vpc: lab.place.vpc.clone(), tags: tags.clone() };
+    let CloudReply::Enis(found) = lab.cloud.call(request).await.unwrap() else { panic!("not ENIs") };
+    assert_eq!(found.into_iter().map(|eni| eni.id).collect::<BTreeSet<_>>(), ours);
+    assert_eq!(lab.ec2.calls()["DescribeNetworkInterfaces"].ok, 2);
+    let elsewhere = VpcId::new("vpc-00000000000000001").unwrap();
+    let request = CloudRequest::DescribeUnattached { vpc: elsewhere, tags };
+    assert_eq!(lab.cloud.call(request).await.unwrap(), CloudReply::Enis(Vec::new()));
+}
+
 #[tokio::test]
 async fn lab_walk_under_the_shipped_policy() {
     let lab = lab(Options { throttle: None, ..Options::default() }, "10.0.0.0/20", 0).await;
-    let policy = std::fs::read_to_string(root().join("deploy/iam/policy-ipv4.json")).unwrap();
-    let policy: serde_json::Value = serde_json::from_str(&policy).unwrap();
-    let mut actions: BTreeSet<String> = policy["Statement"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .flat_map(|statement| statement["Action"].as_array().unwrap())
-        .map(|action| action.as_str().unwrap().to_owned())
-        .collect();
+    let mut actions = shipped_policy();
     lab.ec2.set_role(NODE_ROLE, Some(actions.clone()));
     lab.walk().run().await;
 
@@ -164,7 +287,7 @@ async fn metadata_and_ec2_show_the_same_node() {
     let attach = CloudRequest::AttachEni {
         eni: created.id,
         instance: lab.place.instance.clone(),
-        device: flatwire_core::ids::DeviceIndex(1),
+        device: DeviceIndex(1),
         card: 0,
     };
     lab.cloud.call(attach).await.unwrap();

@@ -198,6 +198,19 @@ fn a_node_that_fell_back_to_singles_returns_to_prefixes() {
 }
 
 #[test]
+fn a_node_full_of_idle_singles_makes_room_for_a_prefix() {
+    let vars = [("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1"), ("MAX_ENI", "1")];
+    let mut w = World::new("m5.large", &vars, &[]);
+    w.faults.push(("AssignPrivateIpAddresses", CloudErrorKind::Fragmented, "InsufficientCidrBlocks"));
+    w.step(Event::Tick);
+    w.run(1_000);
+    let of = |w: &World, len| w.pool.ledger().slots.values().flatten().filter(|slot| slot.prefix_len() == len).count();
+    assert_eq!((of(&w, 32), of(&w, 28)), (9, 0), "the one ENI is full of single addresses");
+    w.run(2 * LONG);
+    assert_eq!((of(&w, 32), of(&w, 28)), (0, 1), "as if there had been no shortage");
+}
+
+#[test]
 fn leaked_enis_are_marked_first_and_deleted_later_and_only_ours() {
     let mut w = World::new("m5.large", &[("CLUSTER_NAME", "c1")], &["10.0.3.1/32"]);
     w.step(Event::Tick);
@@ -224,4 +237,17 @@ fn leaked_enis_are_marked_first_and_deleted_later_and_only_ours() {
     w.run(3 * 3_600_000);
     let left: Vec<&str> = w.enis.keys().map(EniId::as_str).collect();
     assert_eq!(left, ["eni-primary", "eni-terraform"], "a mark too old to be anybody's is taken over");
+}
+
+#[test]
+fn a_slot_that_comes_back_is_served_only_after_the_kernel_was_told_again() {
+    let mut w = after_a_burst(&[]);
+    let offers = |w: &World, slot| w.pool.candidates(&BTreeMap::new()).iter().any(|candidate| candidate.slot == slot);
+    let secondary = w.pool.ledger().enis.values().find(|eni| eni.device != DeviceIndex::PRIMARY).unwrap().id.clone();
+    let slot = *w.pool.ledger().slots[&secondary].first().unwrap();
+    assert!(offers(&w, slot));
+    let (slots, now, mut out) = (BTreeSet::from([slot]), w.now, Out::default());
+    w.pool.gave_up(&secondary, slots.clone(), now, &mut out);
+    w.pool.gain(&secondary, slots, now, &mut out);
+    assert!(!offers(&w, slot));
 }

@@ -304,6 +304,40 @@ fn an_instance_that_holds_fewer_enis_than_its_table_says_is_learnt_and_the_eni_d
 }
 
 #[test]
+fn an_instance_full_of_others_enis_has_its_own_limit_again_when_they_are_known() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "10"), ("MANAGE_UNTAGGED_ENI", "false")], &[]);
+    w.step(Event::Tick);
+    w.run(2_000);
+    let primary = w.enis[&EniId::new("eni-primary").unwrap()].clone();
+    let operators = EniView { id: EniId::new("eni-op").unwrap(), device: DeviceIndex(2), ..primary };
+    w.enis.insert(operators.id.clone(), operators);
+    w.faults = vec![("AttachNetworkInterface", CloudErrorKind::InstanceFull, "AttachmentLimitExceeded")];
+    (0..12).for_each(|n| drop(w.add(n)));
+    w.run(120_000);
+    assert_eq!(w.pool.status(w.now).max_enis, 3, "the table was right");
+}
+
+#[test]
+fn a_subnet_without_blocks_for_single_addresses_is_let_rest() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Fragmented, "InvalidParameterValue"); 100];
+    w.step(Event::Tick);
+    w.run(60_000);
+    let asked = w.calls.iter().filter(|call| *call == "AssignPrivateIpAddresses").count();
+    assert!(asked <= 6, "{asked} times within a minute");
+}
+
+#[test]
+fn a_subnet_too_empty_for_a_prefix_is_asked_for_single_addresses() {
+    let mut w = World::new("m5.large", &[("ENABLE_PREFIX_DELEGATION", "true")], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet")];
+    w.step(Event::Tick);
+    let request = w.add(1);
+    w.run(10_000);
+    w.added(request);
+}
+
+#[test]
 fn an_address_with_a_pod_route_is_in_use_whatever_the_ledger_says() {
     let mut w = World::new("t3.nano", &[("MAX_ENI", "1")], &["10.0.3.1/32", "10.0.3.2/32"]);
     let wired: IpAddr = "10.0.3.1".parse().unwrap();
@@ -467,4 +501,24 @@ fn a_throttled_attach_keeps_the_pace_of_its_bucket() {
     // Half a call at 2.5, 1.25 and 0.6 a second, and up to one call more: less than six seconds in all.
     w.run(6_000);
     assert_eq!(count(&w, "AttachNetworkInterface"), 4, "{:?}", w.calls);
+}
+
+#[test]
+fn a_subnet_that_cannot_give_all_is_asked_for_less_and_soon() {
+    let mut w = World::new("m5.large", &[], &[]);
+    let empty = ("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet");
+    w.faults = vec![empty, empty];
+    w.step(Event::Tick);
+    let request = w.add(1);
+    w.run(15_000);
+    let asked: Vec<&str> = w
+        .notes
+        .iter()
+        .filter_map(|note| match note {
+            Note::Grow { step, .. } => step.strip_prefix("assign ")?.split_once(' ').map(|(count, _)| count),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(asked.get(..3), Some(["4", "2", "1"].as_slice()), "{asked:?}");
+    w.added(request);
 }

@@ -40,6 +40,35 @@ fn a_quiet_node_audits_clean() {
 }
 
 #[test]
+fn an_audit_asked_while_others_read_has_readings_of_its_own() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    w.run(1_000);
+    let (first, second) = (w.request(), w.request());
+    let under_way = w.pool.step(Event::Audit { request: first }, w.now);
+    w.now = w.now.plus_ms(10);
+    w.step(Event::Audit { request: second });
+    for command in under_way {
+        match command {
+            Command::Cloud { op, request } => {
+                let result = w.cloud(request);
+                w.step(Event::Cloud { op, result });
+            }
+            Command::Kernel { op, plan } => {
+                let result = Ok((w.kernel(&plan), w.pods_seen()));
+                w.step(Event::Kernel { op, result });
+            }
+            _ => {}
+        }
+    }
+    w.run(1_000);
+    for request in [first, second] {
+        let answer = w.answers.get(&request);
+        assert!(matches!(answer, Some(Answer::Audited(report)) if report.is_clean()), "{answer:?}");
+    }
+}
+
+#[test]
 fn an_audit_without_ec2_says_so_and_is_not_clean() {
     let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
     w.step(Event::Tick);
@@ -95,6 +124,27 @@ fn a_slot_lost_under_a_running_pod_is_assigned_again_by_name() {
 }
 
 #[test]
+fn a_slot_lost_on_a_node_that_never_restarted_is_noticed_by_the_metadata() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    let request = w.add(1);
+    let slot = IpNet::from(w.added(request).address);
+    w.run(READINGS_LAG_MS);
+    w.enis.get_mut(&EniId::new("eni-primary").unwrap()).unwrap().slots.remove(&slot);
+    w.run(300_000);
+    assert!(w.enis.values().any(|eni| eni.slots.contains(&slot)), "EC2 routes it here again");
+}
+
+#[test]
+fn a_node_that_never_restarted_asks_ec2_all_the_same() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "1")], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    w.calls.clear();
+    w.run(VERIFY_EVERY_MS + 1_000);
+    assert!(w.calls.iter().any(|call| call == "DescribeNetworkInterfaces"), "{:?}", w.calls);
+}
+
+#[test]
 fn what_ec2_no_longer_shows_is_believed_after_two_readings_and_only_without_pods() {
     let mut w = World::new("m5.large", &[], &["10.0.3.1/32", "10.0.3.2/32"]);
     w.step(Event::Tick);
@@ -147,12 +197,24 @@ fn an_empty_subnet_gives_way_to_its_sibling() {
     let mut w = World::new("m5.large", &[], &[]);
     w.subnets = vec![subnet("subnet-a", 100, &[]), subnet("subnet-b", 50, &[("kubernetes.io/role/cni", "1")])];
     let empty = ("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet");
-    w.faults.push(empty);
+    w.faults.extend((0..4).map(|_| empty));
     w.step(Event::Tick);
     let request = w.add(1);
     w.run(5_000);
     let allocation = w.added(request);
     assert_eq!(w.enis[&allocation.eni].subnet.as_str(), "subnet-b");
+}
+
+#[test]
+fn a_subnet_with_less_than_was_asked_for_gives_what_it_has() {
+    let mut w = World::new("m5.4xlarge", &[("WARM_ENI_TARGET", "1")], &[]);
+    let empty = ("AssignPrivateIpAddresses", CloudErrorKind::SubnetEmpty, "InsufficientFreeAddressesInSubnet");
+    w.faults.extend((0..3).map(|_| empty));
+    w.step(Event::Tick);
+    let request = w.add(1);
+    w.run(5_000);
+    w.added(request);
+    assert!(w.notes.iter().any(|note| matches!(note, Note::AskedTooMuch { .. })));
 }
 
 #[test]
@@ -198,7 +260,7 @@ fn groups_of_the_node_are_followed_on_enis_we_made_and_on_no_others() {
     w.enis.get_mut(&EniId::new("eni-primary").unwrap()).unwrap().security_groups = vec![new.clone()];
     w.run(3 * METADATA_EVERY_MS);
     for eni in w.enis.values().filter(|eni| eni.id.as_str() != "eni-theirs") {
-        assert_eq!(eni.security_groups, [new.clone()], "{}", eni.id);
+        assert_eq!(eni.security_groups, std::slice::from_ref(&new), "{}", eni.id);
     }
     assert_eq!(w.enis[&EniId::new("eni-theirs").unwrap()].security_groups[0].as_str(), "sg-theirs");
 }
