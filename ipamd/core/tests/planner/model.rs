@@ -6,9 +6,7 @@ use flatwire_core::target::{BATCH, Counts, Frame, HEADROOM, Mode, PREFIX_SIZE, P
 
 /// What is free to be given, waiting ADDs served first.
 fn available(c: &Counts) -> i64 {
-    [c.assigned, c.cooling, c.waiting, c.orphans]
-        .iter()
-        .fold(i64::from(c.total), |left, taken| left - i64::from(*taken))
+    i64::from(c.total) - [c.assigned, c.cooling, c.waiting, c.orphans].map(i64::from).iter().sum::<i64>()
 }
 
 /// The first number for which `enough` holds.
@@ -108,11 +106,8 @@ pub fn plan(wanted: Wanted, needed: u32, means: &Means) -> (Vec<(Place, bool, u3
     };
     let brings = |singles: bool| if prefixes && !singles { 16 } else { 1 };
     let most = |most: AtMost, singles: bool| if brings(singles) > 1 { most.prefixes } else { most.addresses };
-    let here = means
-        .enis
-        .iter()
-        .filter(|room| !room.resting)
-        .map(|room| (Ok(room.eni.clone()), room.singles_only, room.free_slots, room.at_most));
+    let here = means.enis.iter().filter(|room| !room.resting);
+    let here = here.map(|room| (Ok(room.eni.clone()), room.singles_only, room.free_slots, room.at_most));
     let mut places: Vec<(Place, bool, u32, AtMost)> = here.collect();
     // All new ENIs are made in the first subnet, or the first that gives prefixes where they are wanted.
     let best = means.subnets.iter().min_by_key(|room| prefixes && room.singles_only);
@@ -137,16 +132,14 @@ pub fn plan(wanted: Wanted, needed: u32, means: &Means) -> (Vec<(Place, bool, u3
         if place.is_err() {
             // What comes by and by needs no new ENI; nor does head-room, where none may be made for it.
             missing -= std::mem::take(&mut later);
-            if !means.spare_enis && missing <= head_room {
-                break;
-            }
+        }
+        if place.is_err() && !means.spare_enis && missing <= head_room {
+            break;
         }
         let mut asked = 0;
-        for _ in 0..slots {
-            if missing > 0 {
-                missing -= brings(singles);
-                asked += 1;
-            }
+        while asked < slots && missing > 0 {
+            missing -= brings(singles);
+            asked += 1;
         }
         // What is not asked for at once comes from there later, and from nowhere else.
         let asked = most(at_most, singles).min(asked);

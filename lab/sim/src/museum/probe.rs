@@ -10,6 +10,9 @@ use crate::runtime::Sandbox;
 use crate::tally::Calls;
 use crate::world::World;
 
+/// A pod that is still without an address after this waits for good.
+const LONG_MS: u64 = 120_000;
+
 /// What an exhibit looks at.
 #[derive(Debug, Clone, Copy)]
 pub enum Probe {
@@ -47,6 +50,7 @@ pub struct Seen {
     ends: BTreeMap<u32, u64>,
     looked_at: Time,
     calls: BTreeMap<&'static str, Calls>,
+    waiting: usize,
     dark: usize,
     leaked: usize,
     kept: usize,
@@ -67,6 +71,8 @@ impl Seen {
 
     pub fn end<P: Policy>(&mut self, world: &World<P>) {
         let node = &world.node;
+        let waits = |number: &u32| self.waits.get(number).is_some_and(|ms| *ms >= LONG_MS);
+        self.waiting = node.runtime.pods.iter().filter(|(number, pod)| !pod.running && waits(number)).count();
         self.calls = world.tally.cloud.clone();
         let routed = world.routed();
         let dark = |sandbox: &&Sandbox| {
@@ -82,10 +88,14 @@ impl Seen {
         self.kept = held.into_iter().flatten().filter(|id| !known.contains(id)).count();
     }
 
-    pub fn any_rule_broken(&self) -> Option<Harm> {
-        let (rule, texts) = self.broken.first_key_value()?;
-        let text = format!("broken: {} ({})", rule.sentence(), texts.first()?);
-        Some(Harm { harmed: true, count: number(texts.len()), text })
+    /// What must not be, whatever the probe looks at: a rule of the simulator broken, or pods that still have no address.
+    pub fn unwell(&self) -> Option<Harm> {
+        let rule = self.broken.first_key_value().and_then(|(rule, texts)| {
+            let text = format!("broken: {} ({})", rule.sentence(), texts.first()?);
+            Some(Harm { harmed: true, count: number(texts.len()), text })
+        });
+        let waiting = || counted(number(self.waiting), 0, "pods without an address in the end");
+        rule.or_else(|| Some(waiting()).filter(|harm| harm.harmed))
     }
 }
 
@@ -100,14 +110,14 @@ impl Probe {
             Self::Kept => counted(number(seen.kept), 0, "addresses kept for nobody"),
             Self::Refused { action, most } => {
                 let refused = seen.calls.get(action).map_or(0, |calls| calls.failed);
-                counted(refused, most, "calls refused")
+                counted(refused, most, "refused calls")
             }
         }
     }
 }
 
 fn counted(count: u64, most: u64, words: &str) -> Harm {
-    Harm { harmed: count > most, count, text: format!("{count} {words}") }
+    Harm { harmed: count > most, count, text: format!("{words}: {count}") }
 }
 
 fn longest(times: &BTreeMap<u32, u64>, secs: u64, one: &str, many: &str) -> Harm {

@@ -53,9 +53,10 @@ pub fn gc_is_answered() -> Exhibit {
     Exhibit {
         elsewhere: "The plugin knows neither CHECK nor GC nor STATUS: the runtime cannot ask whether a pod is wired, say \
                     which sandboxes it still knows, or find out before scheduling that there is no address.",
-        here: "All three are answered. The simulator shows GC: what the runtime no longer lists is taken down and released \
-               a minute after its DEL was lost, long before the daemon would have missed it by itself. CHECK and STATUS are \
-               the plugin's; its conformance suite holds them.",
+        here: "All three are answered. The simulator shows GC: what the runtime no longer lists is taken down and \
+               released a minute after its DEL was lost, long before the daemon would have missed it by itself. CHECK \
+               and STATUS are the plugin's, and its conformance suite holds them (sec2_check_3_names_what_is_missing, \
+               sec2_status_2_tells_exhaustion).",
         event: |scenario| Scenario { habits: Habits { del_lost: 100, ..scenario.habits }, ..scenario },
         minutes: 4,
         ..Exhibit::new("amazon-vpc-cni-k8s#479", "no CHECK, GC or STATUS", setting, Probe::Kept)

@@ -35,17 +35,13 @@ pub fn stale_metadata_takes_no_address_from_a_pod() -> Exhibit {
         .at(10 * MINUTE, Act::Pods { count: 8, life_ms: None });
     Exhibit {
         elsewhere: "Where the number of addresses differs IMDS is taken to be right. A list that lags takes new addresses \
-                    out of the pool with their pods, and brings them back as free: two pods share an address.",
+                    out of the pool with their pods, and brings them back as free: they are given to a second pod, or \
+                    back to EC2 under the first.",
         here: "IMDS takes nothing away. What EC2 itself does not show is withheld at once, and given up only after two \
                readings a minute apart, and never while a pod lives there.",
         event: |scenario| scenario.at(25_000, Act::ImdsStands(true)).at(6 * MINUTE, Act::ImdsStands(false)),
         minutes: 20,
-        ..Exhibit::new(
-            "amazon-vpc-cni-k8s#3019",
-            "a lagging list unmakes live allocations",
-            setting,
-            Probe::Breaks(Rule::Unique, "addresses given to a second pod"),
-        )
+        ..Exhibit::new("amazon-vpc-cni-k8s#3019", "a lagging list unmakes live allocations", setting, Probe::Dark)
     }
 }
 

@@ -312,7 +312,9 @@ fn an_instance_full_of_others_enis_has_its_own_limit_again_when_they_are_known()
     let operators = EniView { id: EniId::new("eni-op").unwrap(), device: DeviceIndex(2), ..primary };
     w.enis.insert(operators.id.clone(), operators);
     w.faults = vec![("AttachNetworkInterface", CloudErrorKind::InstanceFull, "AttachmentLimitExceeded")];
-    (0..12).for_each(|n| drop(w.add(n)));
+    for n in 0..12 {
+        w.add(n);
+    }
     w.run(120_000);
     assert_eq!(w.pool.status(w.now).max_enis, 3, "the table was right");
 }
