@@ -498,6 +498,46 @@ fn a_reading_older_than_an_answer_takes_nothing_away() {
     assert!(w.pool.status(w.now).enis[0].missing.is_empty());
 }
 
+/// Calls of one action.
+fn count(w: &World, action: &str) -> usize {
+    w.calls.iter().filter(|call| *call == action).count()
+}
+
+#[test]
+fn head_room_waits_for_a_quiet_hour_where_it_would_take_an_eni_of_its_own() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.step(Event::NodeState(NodeState { scheduled_pods: Some(16), ..NodeState::default() }));
+    let requests: Vec<_> = (0..16).map(|n| w.add(n)).collect();
+    w.run(5_000);
+    for request in requests {
+        w.added(request);
+    }
+    assert_eq!((count(&w, "AssignPrivateIpAddresses"), count(&w, "CreateNetworkInterface")), (1, 1), "{:?}", w.calls);
+    let held: usize = w.pool.ledger().slots.values().map(BTreeSet::len).sum();
+    assert_eq!(held, 18, "the ENI that is made anyway is made full");
+    w.run(1_300_000);
+    assert_eq!(count(&w, "CreateNetworkInterface"), 2, "the head-room comes when nobody needs the calls more");
+}
+
+#[test]
+fn a_throttled_assign_is_waited_for_and_no_eni_made_in_its_place() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Throttled, "RequestLimitExceeded"); 4];
+    w.step(Event::NodeState(NodeState { scheduled_pods: Some(8), ..NodeState::default() }));
+    w.run(60_000);
+    assert_eq!((count(&w, "AssignPrivateIpAddresses"), count(&w, "CreateNetworkInterface")), (5, 0), "{:?}", w.calls);
+}
+
+#[test]
+fn a_throttled_attach_keeps_the_pace_of_its_bucket() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.faults = vec![("AttachNetworkInterface", CloudErrorKind::Throttled, "RequestLimitExceeded"); 3];
+    w.step(Event::NodeState(NodeState { scheduled_pods: Some(16), ..NodeState::default() }));
+    // Half a call at 2.5, 1.25 and 0.6 a second, and up to one call more: less than six seconds in all.
+    w.run(6_000);
+    assert_eq!(count(&w, "AttachNetworkInterface"), 4, "{:?}", w.calls);
+}
+
 #[test]
 fn a_subnet_that_cannot_give_all_is_asked_for_less_and_soon() {
     let mut w = World::new("m5.large", &[], &[]);
