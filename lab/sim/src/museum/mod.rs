@@ -273,4 +273,12 @@ fn the_page_shows_every_exhibit() {
             assert!(!part.is_empty() && section.contains(part), "{title}: the page does not say: {part}");
         }
     }
+    let suite = ["check", "gc_status_version"].map(|file| {
+        let path = format!("{}/../../tests/conformance/{file}.rs", env!("CARGO_MANIFEST_DIR"));
+        std::fs::read_to_string(path).expect("the conformance suite can be read")
+    });
+    let named = page.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| word.starts_with("sec2_"));
+    for test in named {
+        assert!(suite.iter().any(|file| file.contains(&format!("fn {test}("))), "there is no test {test}");
+    }
 }
