@@ -2,7 +2,7 @@
 
 use flatwire_core::ids::Time;
 use flatwire_core::ledger::{LedgerState, Record};
-use flatwire_core::pool::{Command, Event, Pool};
+use flatwire_core::pool::{Command, EniRow, Event, Pool};
 use flatwire_core::settings::Settings;
 use flatwire_core::target::Target;
 
@@ -20,6 +20,10 @@ pub trait Policy {
     fn ledger(&self) -> &LedgerState;
     /// Addresses it could hand out this moment without cutting a cool-down short.
     fn free_now(&self, now: Time) -> u32;
+    /// Its own account of itself, for a story that ended badly.
+    fn account(&self, _now: Time) -> String {
+        String::new()
+    }
     /// What it still wants of the cloud; `None` if the pool is as it should be, or nothing is known yet.
     fn target(&self, now: Time) -> Option<Target>;
 }
@@ -47,6 +51,20 @@ impl Policy for Pool {
 
     fn free_now(&self, now: Time) -> u32 {
         Pool::free_now(self, now)
+    }
+
+    fn account(&self, now: Time) -> String {
+        let status = self.status(now);
+        let enis = status.enis.iter().map(|eni| {
+            let EniRow { id, device, state, addresses, prefixes, pods, .. } = eni;
+            format!("  {id} device {device}: {addresses} addresses, {prefixes} prefixes, {pods} pods, {state}\n")
+        });
+        let setbacks = status.setbacks.iter().map(|s| {
+            let next_s = s.until.since_ms(now) / 1_000;
+            format!("  {} of {}: {} failures, last {}, next in {next_s} s\n", s.action, s.object, s.failures, s.code)
+        });
+        let counts = format!("  {:?}, {} free, target {:?}\n", status.counts, status.free, status.target);
+        enis.chain(setbacks).chain([counts]).collect()
     }
 
     fn target(&self, now: Time) -> Option<Target> {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use flatwire_core::pool::Pool;
 
 use crate::invariants::Violation;
+use crate::policy::Policy;
 use crate::scenario::Scenario;
 use crate::story::Telling;
 use crate::tally::Tally;
@@ -36,6 +37,9 @@ pub fn tell_seed(seed: u64, telling: Telling) -> (String, u64) {
     let _ = writeln!(text, "seed {seed}: {} in {}, {}", scenario.instance_type, subnets.join(" "), vars.join(" "));
     let _ = write!(text, "{}", world.story);
     if let Some(violation) = broken {
+        if let Some(daemon) = world.node.daemon() {
+            let _ = write!(text, "the pool at the end\n{}", daemon.account(world.now));
+        }
         let _ = writeln!(text, "seed {seed} broke a rule: {violation}");
     }
     (text, world.story.hash())

@@ -131,7 +131,19 @@ impl<P: Policy> World<P> {
         if target.wanted != Wanted::Enough && self.could_take(matches!(target.wanted, Wanted::Prefixes(_))) {
             return Some(format!("the pool wants {}: {}", target.wanted, target.why));
         }
-        None
+        let idle = self.idle_slot(target.surplus)?;
+        Some(format!("{idle} is idle, and the pool holds {} more than it should: {}", target.surplus, target.why))
+    }
+
+    /// A slot without a pod that is no larger than that. A prefix goes as a whole or not at all.
+    fn idle_slot(&self, surplus: u32) -> Option<IpNet> {
+        let ledger = self.node.daemon()?.ledger();
+        let used = |slot: &IpNet| {
+            ledger.pods.values().any(|pod| slot.contains(&pod.address))
+                || self.node.kernel.routes.keys().any(|address| slot.contains(address))
+        };
+        let slots = ledger.slots.values().flatten().copied();
+        slots.into_iter().find(|slot| flatwire_core::pick::size(slot) <= surplus && !used(slot))
     }
 
     /// There is a free slot on an ENI of the node or room for another ENI, and a subnet that could fill it.

@@ -251,6 +251,7 @@ impl Pool {
         let by_action = Subject::Action(error.action.clone());
         match op {
             Op::Metadata => {
+                self.metadata_at = Some(now);
                 self.set_back(
                     Subject::Action("ImdsRead".to_owned()),
                     "the instance metadata".to_owned(),

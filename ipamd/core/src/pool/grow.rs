@@ -271,7 +271,7 @@ impl Pool {
         let frame = self.frame()?;
         // EC2 gives its tokens by and by: what it throttles is waited for, what it denies is not.
         let throttled = !self.may_call(ASSIGN, now);
-        let denied = self.setbacks.get(&Subject::Action(ASSIGN.to_owned())).is_some_and(|s| s.kind != K::Throttled);
+        let denied = self.setbacks.get(&Subject::Action(ASSIGN.to_owned())).is_some_and(|s| !s.over && s.kind != K::Throttled);
         let mut enis: Vec<_> = self.ledger.enis.values().collect();
         enis.sort_by_key(|eni| (eni.card, eni.device));
         let mut rooms = Vec::new();

@@ -353,6 +353,31 @@ fn a_limit_learnt_from_an_old_reading_is_unlearned_by_a_new_one() {
 }
 
 #[test]
+fn what_was_denied_once_is_tried_again() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Denied, "UnauthorizedOperation")];
+    w.step(Event::Tick);
+    w.run(30_000);
+    let request = w.add(1);
+    w.run(1_000);
+    w.added(request);
+}
+
+#[test]
+fn metadata_that_could_not_be_read_once_is_read_again() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    w.run(1_000);
+    w.faults = vec![("ImdsRead", CloudErrorKind::Transient, "Timeout")];
+    w.run(200_000);
+    assert!(w.faults.is_empty());
+    let reads = |w: &World| w.calls.iter().filter(|call| *call == "ImdsRead").count();
+    let before = reads(&w);
+    w.run(200_000);
+    assert!(reads(&w) >= before + 2, "every minute again");
+}
+
+#[test]
 fn a_subnet_without_blocks_for_single_addresses_is_let_rest() {
     let mut w = World::new("m5.large", &[], &[]);
     w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Fragmented, "InvalidParameterValue"); 100];
