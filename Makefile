@@ -17,6 +17,10 @@ demo: build ## Two nodes on one machine: pods, a full ping matrix, then everythi
 test: need-root deps build ## Every test: unit, property, namespaces, CNI conformance, the lab, LocalStack and moto
 	tests/run.sh
 
+.PHONY: fleet
+fleet: ## NODES (1000) nodes scale out at once on one account's buckets, under the pool and under the add-on's policy
+	cargo run --release -q -p lab-sim -- fleet --nodes $(or $(NODES),1000)
+
 .PHONY: crash
 crash: need-root build ## Kill the daemon at every point where it changes something, on the live lab, and compare what is left
 	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test points -- --nocapture

@@ -484,11 +484,11 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         }
     }
 
-    fn is_stale(&self, release: &releases::QueuedRelease) -> bool {
-        // The plugin wrote wall time; the pool's time differs from it by what was done to the clock since the start.
-        let ahead = self.last.since_ms(wall_clock());
-        let behind = wall_clock().since_ms(self.last);
-        let queued_at = (release.queued_at_ms + ahead).saturating_sub(behind);
+    fn is_stale(&mut self, release: &releases::QueuedRelease) -> bool {
+        // The plugin wrote wall time; the pool's time differs from it by what was done to the clock since the start. Both
+        // are read now: an old reading of one would make a release of a moment ago look older than it is.
+        let (wall, ours) = (wall_clock(), self.now());
+        let queued_at = (release.queued_at_ms + ours.since_ms(wall)).saturating_sub(wall.since_ms(ours));
         let held = self.driver.pool.ledger().pods.get(&release.sandbox());
         held.is_some_and(|allocation| allocation.at.0 > queued_at)
     }

@@ -244,8 +244,8 @@ impl Service {
             Ok(other) => {
                 let failure = failure_of(other);
                 self.metrics.no_address.inc();
-                let reason = failure.reason().as_str_name();
-                self.metrics.add_failures.with_label_values(&[reason]).inc();
+                let reason = name_of(failure.reason());
+                self.metrics.add_failures.with_label_values(&[reason.as_str()]).inc();
                 tracing::warn!(sandbox = %asked, pod = %name, reason, why = failure.message, "no address");
                 return failed(failure);
             }
@@ -336,6 +336,11 @@ fn metadata(allocation: &Allocation) -> IpAllocationMetadata {
         device_number: i32::try_from(allocation.device.0).unwrap_or(i32::MAX),
         route_table_id: i32::try_from(allocation.table.0).unwrap_or(i32::MAX),
     }
+}
+
+/// `subnet_empty`, as the pool says it, for `REASON_SUBNET_EMPTY`.
+fn name_of(reason: Reason) -> String {
+    reason.as_str_name().trim_start_matches("REASON_").to_ascii_lowercase()
 }
 
 fn unavailable(error: &Unavailable) -> Status {

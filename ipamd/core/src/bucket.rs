@@ -7,6 +7,9 @@ use crate::ids::Time;
 /// Slowest rate a refusal can lead to: one call in sixteen seconds. With any number of nodes behind it a bucket of EC2's
 /// then finds somebody asking whenever it has a token, and the last node does not wait for minutes.
 const SLOWEST_MICRO: u64 = 1_000_000 / 16;
+/// After a refusal, what no pod waits for is not asked for this long, and as long again at most, by chance; nor this soon
+/// after the start, because a node seldom starts alone.
+const YIELD_MS: u64 = 600_000;
 
 /// Rate after a first refusal: whatever one node does at the published rate, a refusal says that others do more.
 const FIRST_REFUSAL_MICRO: u64 = 1_000_000;
@@ -22,6 +25,8 @@ pub struct Bucket {
     at: Time,
     /// Nothing before this, whatever the tokens say.
     rests_until: Time,
+    /// Until then others need the calls more than who merely prepares.
+    yields_until: Time,
 }
 
 /// Burst and refill per second as EC2 publishes them (Amazon EC2 Developer Guide, "Request throttling").
@@ -42,7 +47,15 @@ impl Bucket {
     pub fn new(action: &str, now: Time) -> Self {
         let (burst, per_second) = published(action);
         let (burst, published) = (burst * 1_000_000, per_second * 1_000_000);
-        Self { burst, published, rate: published, tokens: burst, at: now, rests_until: now }
+        Self {
+            burst,
+            published,
+            rate: published,
+            tokens: burst,
+            at: now,
+            rests_until: now,
+            yields_until: now.plus_ms(YIELD_MS),
+        }
     }
 
     /// When the next call may be made; now or earlier means at once.
@@ -65,7 +78,13 @@ impl Bucket {
         self.tokens = 1_000_000;
         self.at = now;
         self.rests_until = now.plus_ms(rest_ms);
+        self.yields_until = now.plus_ms(YIELD_MS + chance % YIELD_MS);
         rest_ms
+    }
+
+    /// EC2 has refused a while ago: only what a pod waits for is to be asked.
+    pub fn yields(&self, now: Time) -> bool {
+        now < self.yields_until
     }
 
     /// EC2 let a call through: there is room, so the next refusal is farther away.
@@ -106,5 +125,13 @@ mod tests {
             bucket.passed();
         }
         assert_eq!(bucket.rate, bucket.published);
+    }
+
+    #[test]
+    fn a_refusal_keeps_what_can_wait_away_for_a_while() {
+        let mut bucket = Bucket::new("CreateNetworkInterface", Time(0));
+        assert!(bucket.yields(Time(YIELD_MS - 1)) && !bucket.yields(Time(YIELD_MS)));
+        bucket.refused(Time(YIELD_MS), 5_000);
+        assert!(bucket.yields(Time(2 * YIELD_MS + 4_999)) && !bucket.yields(Time(2 * YIELD_MS + 5_000)));
     }
 }

@@ -49,6 +49,10 @@ pub struct Means {
     pub slots_per_eni: u32,
     /// Subnets that a new ENI may be made in now, best first.
     pub subnets: Vec<SubnetRoom>,
+    /// Addresses that ENIs on their way, or with a call under way, have room for after that: worth waiting for.
+    pub later: u32,
+    /// A new ENI may be made for head-room alone.
+    pub spare_enis: bool,
 }
 
 /// A subnet as the planner sees it.
@@ -77,21 +81,24 @@ pub enum Step {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
     pub steps: Vec<Step>,
-    /// Addresses that no step brings: the instance is full, or what could bring them rests.
+    /// Addresses that are needed and that no step brings: the instance is full, or what could bring them rests.
     pub unmet: u32,
 }
 
-pub fn plan(wanted: Wanted, means: &Means) -> Plan {
+/// Of what is wanted pods need so many addresses now; the rest is head-room.
+pub fn plan(wanted: Wanted, needed: u32, means: &Means) -> Plan {
     match wanted {
         Wanted::Enough => Plan::default(),
-        Wanted::Addresses(n) => spread(n, Mode::Addresses, means),
-        Wanted::Prefixes(n) => spread(n * PREFIX_SIZE, Mode::Prefixes, means),
+        Wanted::Addresses(n) => spread(n, needed, Mode::Addresses, means),
+        Wanted::Prefixes(n) => spread(n * PREFIX_SIZE, needed, Mode::Prefixes, means),
         Wanted::Enis(n) => fill(n, means),
     }
 }
 
-/// Takes `addresses` from ENIs with room in order, then from new ENIs.
-fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
+/// Takes `addresses` from ENIs with room in order, then from new ENIs. A new ENI is three calls and a wait of seconds: it is
+/// made for what no ENI will have room for in a moment, and filled with head-room when it is made anyway.
+fn spread(addresses: u32, needed: u32, mode: Mode, means: &Means) -> Plan {
+    let head_room = addresses.saturating_sub(needed);
     let mut missing = addresses;
     let mut plan = Plan::default();
     for room in means.enis.iter().filter(|room| !room.resting) {
@@ -103,13 +110,15 @@ fn spread(addresses: u32, mode: Mode, means: &Means) -> Plan {
             missing = missing.saturating_sub(brings);
         }
     }
+    missing = missing.saturating_sub(means.later);
+    let bearable = if means.spare_enis { 0 } else { head_room };
     for _ in 0..means.new_enis {
-        let Some(room) = means.new_eni(mode).filter(|_| missing > 0) else { break };
+        let Some(room) = means.new_eni(mode).filter(|_| missing > bearable) else { break };
         let Some((want, brings)) = take(missing, mode, room.singles_only, means.slots_per_eni) else { break };
         plan.steps.push(Step::Create { subnet: room.subnet.clone(), want: room.at_most.of(want) });
         missing = missing.saturating_sub(brings);
     }
-    plan.unmet = missing;
+    plan.unmet = missing.saturating_sub(head_room);
     plan
 }
 
@@ -172,6 +181,9 @@ fn per_slot(mode: Mode) -> u32 {
 mod tests {
     use super::*;
 
+    /// Everything that is wanted is needed.
+    const ALL: u32 = u32::MAX;
+
     fn subnet(id: &str, singles_only: bool) -> SubnetRoom {
         SubnetRoom { subnet: SubnetId::new(id).unwrap(), singles_only, at_most: AtMost::ANY }
     }
@@ -190,6 +202,8 @@ mod tests {
             new_enis,
             slots_per_eni: 9,
             subnets: vec![subnet("subnet-1", false)],
+            later: 0,
+            spare_enis: true,
         }
     }
 
@@ -204,27 +218,49 @@ mod tests {
 
     #[test]
     fn existing_enis_first_in_order_then_new_ones() {
-        let p = plan(Wanted::Addresses(15), &means(Mode::Addresses, &[2, 0, 3], 2));
+        let p = plan(Wanted::Addresses(15), ALL, &means(Mode::Addresses, &[2, 0, 3], 2));
         assert_eq!(text(&p), "eni-0:2 addresses | eni-2:3 addresses | new-1:9 addresses | new-1:1 address unmet=0");
     }
 
     #[test]
     fn what_the_instance_cannot_carry_is_said() {
-        let p = plan(Wanted::Addresses(50), &means(Mode::Addresses, &[2], 1));
+        let p = plan(Wanted::Addresses(50), ALL, &means(Mode::Addresses, &[2], 1));
         assert_eq!(text(&p), "eni-0:2 addresses | new-1:9 addresses unmet=39");
     }
 
     #[test]
     fn prefixes_on_the_primary_alone_serve_a_whole_node() {
-        let p = plan(Wanted::Prefixes(7), &means(Mode::Prefixes, &[9], 2));
+        let p = plan(Wanted::Prefixes(7), ALL, &means(Mode::Prefixes, &[9], 2));
         assert_eq!(text(&p), "eni-0:7 prefixes unmet=0");
+    }
+
+    #[test]
+    fn head_room_fills_what_is_made_and_makes_nothing_while_others_need_it() {
+        let mut m = means(Mode::Addresses, &[9], 2);
+        assert_eq!(
+            text(&plan(Wanted::Addresses(20), 16, &m)),
+            "eni-0:9 addresses | new-1:9 addresses | new-1:2 addresses unmet=0"
+        );
+        m.spare_enis = false;
+        assert_eq!(text(&plan(Wanted::Addresses(20), 16, &m)), "eni-0:9 addresses | new-1:9 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Addresses(11), 7, &m)), "eni-0:9 addresses unmet=0");
+        m.new_enis = 0;
+        assert_eq!(text(&plan(Wanted::Addresses(20), 16, &m)), "eni-0:9 addresses unmet=7");
+    }
+
+    #[test]
+    fn room_that_comes_in_a_moment_is_waited_for() {
+        let mut m = means(Mode::Addresses, &[], 2);
+        m.later = 5;
+        assert_eq!(text(&plan(Wanted::Addresses(5), ALL, &m)), " unmet=0");
+        assert_eq!(text(&plan(Wanted::Addresses(12), ALL, &m)), "new-1:7 addresses unmet=0");
     }
 
     #[test]
     fn a_fragmented_eni_takes_singles_and_the_others_prefixes() {
         let mut m = means(Mode::Prefixes, &[9, 9], 0);
         m.enis[0].singles_only = true;
-        assert_eq!(text(&plan(Wanted::Prefixes(2), &m)), "eni-0:9 addresses | eni-1:2 prefixes unmet=0");
+        assert_eq!(text(&plan(Wanted::Prefixes(2), ALL, &m)), "eni-0:9 addresses | eni-1:2 prefixes unmet=0");
     }
 
     #[test]
@@ -232,33 +268,33 @@ mod tests {
         let mut m = means(Mode::Addresses, &[9, 9], 1);
         m.enis[0].resting = true;
         m.subnets.clear();
-        assert_eq!(text(&plan(Wanted::Addresses(12), &m)), "eni-1:9 addresses unmet=3");
+        assert_eq!(text(&plan(Wanted::Addresses(12), ALL, &m)), "eni-1:9 addresses unmet=3");
     }
 
     #[test]
     fn a_short_subnet_is_asked_for_less_and_not_for_further_enis() {
         let mut m = means(Mode::Addresses, &[9], 1);
         m.enis[0].at_most = AtMost { addresses: 2, prefixes: 1 };
-        assert_eq!(text(&plan(Wanted::Addresses(8), &m)), "eni-0:2 addresses unmet=0");
-        assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:2 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Addresses(8), ALL, &m)), "eni-0:2 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Enis(1), ALL, &m)), "eni-0:2 addresses unmet=0");
     }
 
     #[test]
     fn a_fragmented_subnet_gives_way_to_its_sibling_and_to_singles_last() {
         let mut m = means(Mode::Prefixes, &[0], 2);
         m.subnets = vec![subnet("subnet-1", true), subnet("subnet-2", false)];
-        assert_eq!(text(&plan(Wanted::Prefixes(2), &m)), "new-2:2 prefixes unmet=0");
+        assert_eq!(text(&plan(Wanted::Prefixes(2), ALL, &m)), "new-2:2 prefixes unmet=0");
         m.subnets.pop();
-        assert_eq!(text(&plan(Wanted::Prefixes(1), &m)), "new-1:9 addresses | new-1:7 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Prefixes(1), ALL, &m)), "new-1:9 addresses | new-1:7 addresses unmet=0");
     }
 
     #[test]
     fn a_subnet_that_could_not_give_as_much_is_asked_for_less() {
         let mut m = means(Mode::Addresses, &[9], 1);
         m.enis[0].at_most = AtMost { addresses: 4, prefixes: 1 };
-        assert_eq!(text(&plan(Wanted::Enis(1), &m)), "eni-0:4 addresses unmet=0");
+        assert_eq!(text(&plan(Wanted::Enis(1), ALL, &m)), "eni-0:4 addresses unmet=0");
         m.mode = Mode::Prefixes;
-        assert_eq!(text(&plan(Wanted::Prefixes(3), &m)), "eni-0:1 prefix unmet=0");
+        assert_eq!(text(&plan(Wanted::Prefixes(3), ALL, &m)), "eni-0:1 prefix unmet=0");
     }
 
     #[test]
@@ -273,8 +309,8 @@ mod tests {
 
     #[test]
     fn whole_enis_fill_what_has_room_before_taking_new_ones() {
-        assert_eq!(text(&plan(Wanted::Enis(2), &means(Mode::Addresses, &[0, 4], 2))), "eni-1:4 addresses unmet=0");
-        let p = plan(Wanted::Enis(3), &means(Mode::Addresses, &[0], 2));
+        assert_eq!(text(&plan(Wanted::Enis(2), ALL, &means(Mode::Addresses, &[0, 4], 2))), "eni-1:4 addresses unmet=0");
+        let p = plan(Wanted::Enis(3), ALL, &means(Mode::Addresses, &[0], 2));
         assert_eq!(text(&p), "new-1:9 addresses | new-1:9 addresses unmet=9");
     }
 }

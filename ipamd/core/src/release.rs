@@ -116,7 +116,7 @@ mod tests {
     use crate::target::Wanted;
 
     fn target(surplus: u32, spare: u32) -> Target {
-        Target { wanted: Wanted::Enough, surplus, spare, why: String::new() }
+        Target { wanted: Wanted::Enough, needed: 0, surplus, spare, why: String::new() }
     }
 
     fn eni(id: &str, device: u32, pods: u32, slots: &[(&str, Option<u64>)]) -> EniUse {

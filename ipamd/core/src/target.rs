@@ -15,6 +15,8 @@ pub const PREFIX_SIZE: u32 = 16;
 pub const HEADROOM: u32 = 4;
 /// The demand policy asks for single addresses in multiples of this.
 pub const BATCH: u32 = 4;
+/// Everything that is wanted is needed.
+const ALL: u32 = u32::MAX;
 
 /// What the pool holds, as the target sees it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,11 +88,16 @@ pub struct Frame {
 }
 
 impl Frame {
-    pub fn addresses_per_eni(&self) -> u32 {
+    /// Addresses in a slot.
+    pub fn slot_size(&self) -> u32 {
         match self.mode {
-            Mode::Addresses => self.slots_per_eni,
-            Mode::Prefixes => self.slots_per_eni * PREFIX_SIZE,
+            Mode::Addresses => 1,
+            Mode::Prefixes => PREFIX_SIZE,
         }
+    }
+
+    pub fn addresses_per_eni(&self) -> u32 {
+        self.slots_per_eni * self.slot_size()
     }
 }
 
@@ -98,6 +105,8 @@ impl Frame {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
     pub wanted: Wanted,
+    /// Of the addresses wanted: those that pods need. The rest is head-room. The add-on's targets tell no difference.
+    pub needed: u32,
     /// Addresses beyond the target, and beyond a margin that keeps the pool from swinging: slots may be given back.
     pub surplus: u32,
     /// Addresses beyond the target: an ENI without pods that holds no more than these may be given back.
@@ -154,7 +163,7 @@ fn by_address(warm: &WarmTargets, frame: &Frame, counts: &Counts) -> Target {
     match frame.mode {
         Mode::Addresses => {
             let wanted = if full || short <= 0 { Wanted::Enough } else { Wanted::Addresses(clamp(short)) };
-            Target { wanted, surplus: clamp(over), spare: clamp(over), why }
+            Target { wanted, needed: ALL, surplus: clamp(over), spare: clamp(over), why }
         }
         Mode::Prefixes => {
             let wanted =
@@ -165,7 +174,7 @@ fn by_address(warm: &WarmTargets, frame: &Frame, counts: &Counts) -> Target {
                 .free_prefixes
                 .min(counts.prefixes.saturating_sub(needed))
                 .min(counts.prefixes.saturating_sub(floor));
-            Target { wanted, surplus: over * PREFIX_SIZE, spare: over * PREFIX_SIZE, why }
+            Target { wanted, needed: ALL, surplus: over * PREFIX_SIZE, spare: over * PREFIX_SIZE, why }
         }
     }
 }
@@ -186,7 +195,7 @@ fn by_eni(warm_eni: u32, frame: &Frame, counts: &Counts) -> Target {
     };
     // Whole ENIs come and whole ENIs go: one goes when the target is met without it, and one pod more would not bring it back.
     let spare = if warm_eni == 0 { available - 1 } else { available - goal };
-    Target { wanted, surplus: 0, spare: clamp(spare), why }
+    Target { wanted, needed: ALL, surplus: 0, spare: clamp(spare), why }
 }
 
 /// WARM_PREFIX_TARGET: whole prefixes without a pod.
@@ -209,7 +218,7 @@ fn by_prefix(warm_prefix: u32, frame: &Frame, counts: &Counts) -> Target {
         Wanted::Enough
     };
     let surplus = counts.free_prefixes.saturating_sub(warm_prefix) * PREFIX_SIZE;
-    Target { wanted, surplus, spare: surplus, why }
+    Target { wanted, needed: ALL, surplus, spare: surplus, why }
 }
 
 /// Demand plus head-room, rounded up to a batch.
@@ -233,7 +242,8 @@ fn by_demand(frame: &Frame, counts: &Counts) -> Target {
     };
     // A batch more than the goal may stay: the next pod that leaves or comes changes nothing in EC2.
     let spare = usable.saturating_sub(goal);
-    Target { wanted, surplus: spare.saturating_sub(batch), spare, why }
+    let needed = demand.saturating_sub(usable);
+    Target { wanted, needed, surplus: spare.saturating_sub(batch), spare, why }
 }
 
 fn clamp(n: i64) -> u32 {
@@ -334,6 +344,14 @@ mod tests {
         let c = Counts { total: 8, assigned: 4, cooling: 4, ..Counts::default() };
         assert_eq!(target(Policy::Demand, &f, &c).wanted, Wanted::Addresses(4));
         assert_eq!(target(warm(1, 2, 0, 0), &f, &c).wanted, Wanted::Addresses(2));
+    }
+
+    #[test]
+    fn demand_is_needed_and_the_rest_is_head_room() {
+        let f = frame(Mode::Addresses, 9);
+        let c = Counts { total: 9, assigned: 9, scheduled: Some(16), ..Counts::default() };
+        let t = target(Policy::Demand, &f, &c);
+        assert_eq!((t.wanted, t.needed), (Wanted::Addresses(11), 7));
     }
 
     #[test]

@@ -260,6 +260,11 @@ impl Ec2 {
         self.lock().state.throttle.set(buckets);
     }
 
+    /// Others in the account use up so many thousandths of every bucket's refill, all the time.
+    pub fn share_buckets(&self, per_mille: u32) {
+        self.lock().state.throttle.share(per_mille);
+    }
+
     /// Somebody else in the account makes so many calls: the bucket is not all ours.
     pub fn drain(&self, now: Time, action: &str, calls: u32) {
         let mutating = actions::find(action).is_none_or(|action| action.mutating);

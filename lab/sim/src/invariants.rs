@@ -24,8 +24,8 @@ use crate::settle::slots;
 pub const TAG_INSTANCE: &str = "node.k8s.amazonaws.com/instance_id";
 /// An answer may be late by this: the loop has other things to do, too.
 const PATIENCE_SLACK_MS: u64 = 2_000;
-/// Failing calls of one action on one object, within the window.
-const FAILURES_MOST: usize = 12;
+/// Failing calls of one action on one object, within the window: a few rounds of asking for less and less.
+const FAILURES_MOST: usize = 20;
 /// Calls of one reading action, within the window.
 const READS_MOST: usize = 30;
 const WINDOW_MS: u64 = 60_000;

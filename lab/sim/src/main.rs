@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use lab_sim::{Failure, Tally, Telling, exhibits, report, run_seed, tell_seed, tour};
+use lab_sim::{Failure, Tally, Telling, exhibits, fleet, report, run_seed, tell_seed, tour};
 
 /// Of the story of a seed that failed.
 const TAIL: usize = 60;
@@ -26,6 +26,19 @@ enum Command {
     Run(Run),
     /// Play the outages that others have reported, with a naive policy and with ours.
     Museum(Museum),
+    /// Start many nodes at once on one account, under the pool and under the add-on's policy.
+    Fleet(Fleet),
+}
+
+#[derive(Args)]
+struct Fleet {
+    #[arg(long, default_value_t = 1_000)]
+    nodes: u32,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Only the first shape, whose figures are the last line.
+    #[arg(long)]
+    brief: bool,
 }
 
 #[derive(Args)]
@@ -82,6 +95,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(run) => explore_or_replay(&run),
         Command::Museum(museum) => visit(&museum),
+        Command::Fleet(args) => scale_out(&args),
     }
 }
 
@@ -119,6 +133,20 @@ fn explore_or_replay(run: &Run) -> ExitCode {
     }
     println!("sim: seeds={} steps={} violations={}", tally.seeds, tally.steps, failures.len());
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn scale_out(args: &Fleet) -> ExitCode {
+    let shapes = if args.brief { 1 } else { fleet::SHAPES.len() };
+    let mut verdicts = fleet::SHAPES.iter().take(shapes).map(|shape| {
+        let verdict = fleet::race_both(args.nodes, shape, args.seed);
+        println!("{}", verdict.text);
+        verdict
+    });
+    let first = verdicts.next();
+    verdicts.for_each(drop);
+    let Some(first) = first else { return ExitCode::FAILURE };
+    println!("fleet: ours_over_floor={} addon_over_floor={}", first.ours, first.addon);
+    if first.holds { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn replay(seed: u64, run: &Run) -> (Tally, Vec<Failure>) {

@@ -317,8 +317,10 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
             new_enis: most.saturating_sub(number(self.ledger.enis.len())),
             slots_per_eni: frame.slots_per_eni,
             subnets: vec![SubnetRoom { subnet: primary.subnet.clone(), singles_only: false, at_most: AtMost::ANY }],
+            later: 0,
+            spare_enis: true,
         };
-        match plan::plan(wanted, &means).steps.into_iter().next() {
+        match plan::plan(wanted, u32::MAX, &means).steps.into_iter().next() {
             Some(Step::Assign { eni, want }) => {
                 self.ask(Doing::Assign(eni.clone()), CloudRequest::Assign { eni, want }, out);
             }

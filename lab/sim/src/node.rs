@@ -541,6 +541,12 @@ impl<P: Policy> Node<P> {
         }
     }
 
+    /// The daemon hears this of its node before anything else.
+    pub fn hear_state(&mut self, state: NodeState) {
+        self.state = state.clone();
+        self.inbox.insert(0, Event::NodeState(state));
+    }
+
     /// Something is said of this node from outside.
     pub fn tell_state(&mut self, now: Time, change: impl FnOnce(&mut NodeState)) {
         let before = self.state.clone();

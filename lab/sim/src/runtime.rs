@@ -42,6 +42,8 @@ pub struct Habits {
     pub patience_ms: u64,
     /// The daemon hears how many pods are bound to this node.
     pub tell_scheduled: bool,
+    /// The kubelet's pause before it tries a pod again, half as long again at most; 0 for a short one that grows.
+    pub again_ms: u64,
 }
 
 /// A step of the plugin, for one sandbox.
@@ -360,7 +362,11 @@ impl<P: Policy> Node<P> {
         if let Some(known) = self.runtime.pods.get_mut(&pod) {
             known.sandbox = None;
             known.failures += 1;
-            let at = now.plus_ms(self.runtime.dice.between(2_000, 12_000) * u64::from(known.failures.min(6)));
+            let pause = match self.runtime.habits.again_ms {
+                0 => self.runtime.dice.between(2_000, 12_000) * u64::from(known.failures.min(6)),
+                least => self.runtime.dice.between(least, least * 3 / 2),
+            };
+            let at = now.plus_ms(pause);
             self.queue.push(at, Happening::Pod(pod, PodStep::Starts));
         }
         self.end_sandbox(number, now, scene);

@@ -100,7 +100,7 @@ impl<P: Policy> World<P> {
             return self.with_enis_here(slots).iter().map(flatwire_core::pick::size).sum();
         }
         let foreign = self.with_enis_here(|enis| {
-            let of_others = enis.iter().filter(|eni| !is_primary(eni) && eni.tags.get(TAG_INSTANCE).is_none());
+            let of_others = enis.iter().filter(|eni| !is_primary(eni) && !eni.tags.contains_key(TAG_INSTANCE));
             u32::try_from(of_others.count()).unwrap_or(u32::MAX)
         });
         let enis = kind.max_enis.min(settings.max_eni.unwrap_or(u32::MAX)).saturating_sub(foreign);
@@ -155,7 +155,7 @@ impl<P: Policy> World<P> {
             let slot = |eni: &&EniInfo| eni.slots() < kind.ipv4_per_eni && gives(&eni.subnet, 0);
             let reserve = usize::from(settings.trunk_reserve);
             let room = usize::try_from(most).is_ok_and(|most| enis.len() + reserve < most);
-            enis.iter().filter(ours).any(|eni| slot(eni)) || room && self.eligible.iter().any(|subnet| gives(subnet, 1))
+            enis.iter().filter(ours).any(slot) || room && self.eligible.iter().any(|subnet| gives(subnet, 1))
         })
     }
 

@@ -283,11 +283,7 @@ impl Pool {
             }
             Op::Unassign { .. } | Op::Detach(_) => {
                 let Some(eni) = op.changes().cloned() else { return };
-                let subject = match kind {
-                    K::Throttled | K::Denied => by_action,
-                    _ => Subject::Eni(eni.clone()),
-                };
-                self.set_back(subject, eni.to_string(), error, now, out);
+                self.set_back(of_action_or_eni(&error, &eni), eni.to_string(), error, now, out);
                 // Busy and throttled calls are simply made again.
                 match kind {
                     K::Throttled | K::Busy => {}
@@ -363,7 +359,7 @@ impl Pool {
                 // An attach whose answer was lost, or an ENI that is in use: EC2's list says which it is.
                 // Where the instance is full, it says of how many, others' included.
                 self.verify_due |= kind.outcome_unknown() || matches!(kind, K::Busy | K::InstanceFull);
-                self.set_back(Subject::Eni(eni.clone()), eni.to_string(), error, now, out);
+                self.set_back(of_action_or_eni(&error, &eni), eni.to_string(), error, now, out);
             }
             Op::Delete(eni) if kind == K::NotFound => self.forget_eni(&eni, "deleted", now, out),
             Op::Settle(eni) | Op::Delete(eni) => {
@@ -371,7 +367,7 @@ impl Pool {
                     // Perhaps it was never detached.
                     self.verify_by(now.plus_ms(VERIFY_AGAIN_MS));
                 }
-                self.set_back(Subject::Eni(eni.clone()), eni.to_string(), error, now, out);
+                self.set_back(of_action_or_eni(&error, &eni), eni.to_string(), error, now, out);
             }
             Op::Program { .. } => {}
         }
@@ -421,6 +417,14 @@ impl Pool {
             device = DeviceIndex(device.0 + 1);
         }
         device
+    }
+}
+
+/// What a refused change of an ENI lets rest: the action where EC2 would refuse it for any ENI, else the ENI.
+fn of_action_or_eni(error: &CloudError, eni: &EniId) -> Subject {
+    match error.kind {
+        CloudErrorKind::Throttled | CloudErrorKind::Denied => Subject::Action(error.action.clone()),
+        _ => Subject::Eni(eni.clone()),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::ports::{CloudError, CloudErrorKind, EniKind, EniStatus, EniView, Meta
 /// Tag with which an operator takes an ENI out of our hands.
 pub const NO_MANAGE_TAG: &str = "node.k8s.amazonaws.com/no_manage";
 /// What EC2 has not shown for this long, in two readings at least, is believed gone if nothing lives on it.
-const BELIEVED_AFTER_MS: u64 = 60_000;
+pub(super) const BELIEVED_AFTER_MS: u64 = 60_000;
 
 impl Pool {
     pub(super) fn metadata_arrived(&mut self, metadata: Metadata, now: Time, out: &mut Out) {
@@ -310,6 +310,9 @@ impl Pool {
         let eni = &view.id;
         let held = self.ledger.slots.get(eni).cloned().unwrap_or_default();
         let more: BTreeSet<IpNet> = view.slots.difference(&held).copied().collect();
+        // So many do fit, whatever an older reading has taught.
+        let fits = u32::try_from(view.slots.len()).unwrap_or(u32::MAX);
+        self.learned_slots = self.learned_slots.map(|learned| learned.max(fits));
         let Some(live) = self.live.get_mut(eni) else { return };
         live.quarantined.clear();
         if live.changed_at >= asked_at {

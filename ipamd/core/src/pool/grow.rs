@@ -3,19 +3,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use super::compare::BELIEVED_AFTER_MS;
 use super::setback::Subject;
 use super::{MAX_CREATIONS, Note, Op, Out, Pool, STUCK_ENI_MS};
 use crate::ids::{EniId, SecurityGroupId, SubnetId, Time};
 use crate::ledger::{Creation, NodeFacts, Progress, Record};
 use crate::pick;
 use crate::plan::{self, EniRoom, Means, Step};
-use crate::ports::{CloudRequest, Want};
+use crate::ports::{CloudErrorKind as K, CloudRequest, Want};
 use crate::target::{self, Counts, Frame, Mode, PREFIX_SIZE, Target, Wanted};
 
 /// Tags and description of the add-on: its collector of leaked ENIs and its IAM policies know them.
 pub(super) const TAG_INSTANCE: &str = "node.k8s.amazonaws.com/instance_id";
 const TAG_CREATED: &str = "node.k8s.amazonaws.com/createdAt";
 pub(super) const TAG_CLUSTER: &str = "cluster.k8s.amazonaws.com/name";
+const ASSIGN: &str = "AssignPrivateIpAddresses";
+pub(super) const ATTACH: &str = "AttachNetworkInterface";
+pub(super) const CREATE: &str = "CreateNetworkInterface";
 const TAG_OWNER: (&str, &str) = ("eks:eni:owner", "amazon-vpc-cni");
 
 impl Pool {
@@ -48,7 +52,7 @@ impl Pool {
                     }
                     self.start(Op::Delete(eni.id.clone()), CloudRequest::DeleteEni { eni: eni.id }, now, out);
                 }
-                (Progress::Created, _) if !self.may_call("AttachNetworkInterface", now) => {}
+                (Progress::Created, _) if !self.may_call(ATTACH, now) => {}
                 (Progress::Created, _) => {
                     let instance = node.instance.clone();
                     let request =
@@ -110,7 +114,7 @@ impl Pool {
             return;
         }
         let Some(means) = self.means(now) else { return };
-        let mut plan = plan::plan(target.wanted, &means);
+        let mut plan = plan::plan(target.wanted, target.needed, &means);
         if back_to_prefixes {
             plan.steps.extend(plan::upgrade(singles, &means));
         }
@@ -123,7 +127,7 @@ impl Pool {
         for step in plan.steps {
             match step {
                 Step::Assign { eni, want } => {
-                    if !self.may_call("AssignPrivateIpAddresses", now) {
+                    if !self.may_call(ASSIGN, now) {
                         break;
                     }
                     out.note(Note::Grow { why: target.why.clone(), step: format!("assign {want} to {eni}") });
@@ -132,7 +136,7 @@ impl Pool {
                 }
                 Step::Create { subnet, want } => {
                     let room = self.ledger.creations.len() < MAX_CREATIONS;
-                    if !room || !self.may_call("CreateNetworkInterface", now) {
+                    if !room || !self.may_call(CREATE, now) {
                         break;
                     }
                     let Some(node) = self.ledger.node.clone() else { return };
@@ -167,7 +171,7 @@ impl Pool {
     fn create(&mut self, node: &NodeFacts, creation: Creation, now: Time, out: &mut Out) {
         let under_way = self.under_way(|op| matches!(op, Op::Create { token } if *token == creation.token));
         let rests = self.rests(&Subject::Subnet(creation.subnet.clone()));
-        if under_way || rests || !self.may_call("CreateNetworkInterface", now) {
+        if under_way || rests || !self.may_call(CREATE, now) {
             return;
         }
         let request = CloudRequest::CreateEni {
@@ -265,45 +269,83 @@ impl Pool {
     /// What may be used for growing.
     pub(super) fn means(&self, now: Time) -> Option<Means> {
         let frame = self.frame()?;
-        let assign_rests = !self.may_call("AssignPrivateIpAddresses", now);
+        // EC2 gives its tokens by and by: what it throttles is waited for, what it denies is not.
+        let throttled = !self.may_call(ASSIGN, now);
+        let denied = self.setbacks.get(&Subject::Action(ASSIGN.to_owned())).is_some_and(|s| s.kind != K::Throttled);
         let mut enis: Vec<_> = self.ledger.enis.values().collect();
         enis.sort_by_key(|eni| (eni.card, eni.device));
         let mut rooms = Vec::new();
+        let mut later = self.room_beside_creations(&frame);
         for eni in enis {
             let Some(live) = self.live.get(&eni.id).filter(|_| self.serves_pods(&eni.id)) else { continue };
             let held = self.ledger.slots.get(&eni.id).map_or(0, |slots| slots.len() + live.quarantined.len());
             let free_slots = frame.slots_per_eni.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
             let busy = self.is_changing(&eni.id);
-            let refused = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
+            let rests = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
+            let refused = rests || denied || self.is_stuck(&eni.id, now);
+            let waits = busy || throttled || self.is_being_sounded(&eni.subnet) || eni.progress == Progress::Created;
+            let singles_only = self.rests(&Subject::EniPrefixes(eni.id.clone()));
+            if waits && !refused {
+                let size = if singles_only { 1 } else { frame.slot_size() };
+                later += free_slots.saturating_sub(self.slots_coming_to(&eni.id)) * size;
+            }
             rooms.push(EniRoom {
                 eni: eni.id.clone(),
                 free_slots,
-                resting: busy
-                    || refused
-                    || self.is_being_sounded(&eni.subnet)
-                    || assign_rests
-                    || eni.progress == Progress::Created
-                    || self.is_stuck(&eni.id, now),
-                singles_only: self.rests(&Subject::EniPrefixes(eni.id.clone())),
+                resting: waits || refused,
+                singles_only,
                 at_most: self.subnets.at_most(&eni.subnet),
             });
         }
         Some(Means {
             mode: frame.mode,
             enis: rooms,
-            new_enis: if self.terminating { 0 } else { self.eni_room() },
+            new_enis: if self.terminating { 0 } else { self.eni_room(now) },
             slots_per_eni: frame.slots_per_eni,
-            subnets: match self.may_call("CreateNetworkInterface", now) {
+            subnets: match self.may_call(CREATE, now) {
                 true => self.subnet_rooms(),
                 false => Vec::new(),
             },
+            later,
+            spare_enis: self.may_spare(now),
         })
     }
 
+    /// Addresses that ENIs being made could take beside what they are made with.
+    fn room_beside_creations(&self, frame: &Frame) -> u32 {
+        let coming = self.ledger.creations.values().filter(|c| !self.rests(&Subject::Subnet(c.subnet.clone())));
+        coming.map(|creation| frame.slots_per_eni.saturating_sub(creation.want.slots()) * frame.slot_size()).sum()
+    }
+
+    fn slots_coming_to(&self, eni: &EniId) -> u32 {
+        let coming = self.ops.values().filter_map(|(op, _)| match op {
+            Op::Assign { eni: id, want } if id == eni => Some(want.slots()),
+            _ => None,
+        });
+        coming.sum()
+    }
+
+    /// Head-room is worth an ENI of its own when no pod waits, nothing else is on its way, and others do not need the calls
+    /// that takes more.
+    fn may_spare(&self, now: Time) -> bool {
+        let quiet = |action: &str| self.buckets.get(action).is_none_or(|bucket| !bucket.yields(now));
+        let on_its_way = |id: &EniId| {
+            let programmed = self.live.get(id).is_none_or(|live| live.programmed);
+            self.serves_pods(id) && !programmed && !self.is_stuck(id, now)
+        };
+        self.waiting.is_empty()
+            && self.ledger.creations.is_empty()
+            && !self.ledger.enis.keys().any(on_its_way)
+            && [CREATE, ATTACH].into_iter().all(quiet)
+    }
+
     /// ENIs that could still be created.
-    pub(super) fn eni_room(&self) -> u32 {
+    pub(super) fn eni_room(&self, now: Time) -> u32 {
         let detached = |eni: &crate::ledger::EniRecord| eni.leaving.is_some() && eni.progress == Progress::Created;
-        let here = self.ledger.enis.values().filter(|eni| !self.is_gone(&eni.id) && !detached(eni)).count();
+        // One that EC2 does not show takes its place until that is believed: a reading may be older than the ENI.
+        let gone =
+            |eni: &EniId| self.ledger.enis_unseen.get(eni).is_some_and(|at| now.since_ms(*at) >= BELIEVED_AFTER_MS);
+        let here = self.ledger.enis.values().filter(|eni| !gone(&eni.id) && !detached(eni)).count();
         let trunk = usize::from(self.settings.trunk_reserve && self.limits.as_ref().is_some_and(|l| l.prefixes));
         let taken = here + self.ledger.creations.len() + self.foreign.len().max(trunk);
         self.max_enis().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))
@@ -345,7 +387,10 @@ impl Pool {
 
     /// The plan has a step that nothing stands in the way of.
     pub(super) fn could_grow(&self, now: Time) -> bool {
-        let plan = self.target(now).zip(self.means(now)).map(|(target, means)| plan::plan(target.wanted, &means));
+        let plan = self
+            .target(now)
+            .zip(self.means(now))
+            .map(|(target, means)| plan::plan(target.wanted, target.needed, &means));
         self.may_grow() && plan.is_some_and(|plan| !plan.steps.is_empty())
     }
 

@@ -376,7 +376,7 @@ impl Pool {
             learned_slots: None,
             unmanaged: BTreeSet::new(),
             subnets: subnets::Subnets::default(),
-            buckets: BTreeMap::new(),
+            buckets: [grow::CREATE, grow::ATTACH].map(|action| (action, Bucket::new(action, now))).into(),
             leaks: leaks::Leaks::default(),
             release_at: None,
             unwired: BTreeMap::new(),

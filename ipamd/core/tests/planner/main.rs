@@ -59,25 +59,31 @@ fn means() -> impl Strategy<Value = Means> {
     let room = (0u32..20, prop::bool::weighted(0.2), prop::bool::weighted(0.3), at_most());
     let rooms = prop::collection::vec(room, 0..5);
     let subnets = prop::collection::vec((any::<bool>(), at_most()), 0..3);
-    (mode(), rooms, 0u32..5, 0u32..30, subnets).prop_map(|(mode, rooms, new_enis, slots_per_eni, subnets)| Means {
-        mode,
-        enis: (0..)
-            .zip(rooms)
-            .map(|(n, (free_slots, resting, singles_only, at_most))| {
-                let eni = eni(n);
-                EniRoom { eni, free_slots, resting, singles_only, at_most }
-            })
-            .collect(),
-        new_enis,
-        slots_per_eni,
-        subnets: (0..)
-            .zip(subnets)
-            .map(|(n, (singles_only, at_most))| {
-                let subnet = SubnetId::new(format!("subnet-{n}")).unwrap();
-                SubnetRoom { subnet, singles_only, at_most }
-            })
-            .collect(),
-    })
+    let later = prop_oneof![2 => Just(0u32), 1 => 1u32..100];
+    let numbers = (0u32..5, 0u32..30, later, any::<bool>());
+    (mode(), rooms, subnets, numbers).prop_map(
+        |(mode, rooms, subnets, (new_enis, slots_per_eni, later, spare_enis))| Means {
+            mode,
+            later,
+            spare_enis,
+            enis: (0..)
+                .zip(rooms)
+                .map(|(n, (free_slots, resting, singles_only, at_most))| {
+                    let eni = eni(n);
+                    EniRoom { eni, free_slots, resting, singles_only, at_most }
+                })
+                .collect(),
+            new_enis,
+            slots_per_eni,
+            subnets: (0..)
+                .zip(subnets)
+                .map(|(n, (singles_only, at_most))| {
+                    let subnet = SubnetId::new(format!("subnet-{n}")).unwrap();
+                    SubnetRoom { subnet, singles_only, at_most }
+                })
+                .collect(),
+        },
+    )
 }
 
 fn wanted() -> impl Strategy<Value = Wanted> {
@@ -87,6 +93,11 @@ fn wanted() -> impl Strategy<Value = Wanted> {
         (1u32..20).prop_map(Wanted::Prefixes),
         (1u32..8).prop_map(Wanted::Enis),
     ]
+}
+
+/// All of what is wanted, or part of it.
+fn needed() -> impl Strategy<Value = u32> {
+    prop_oneof![Just(u32::MAX), 0u32..300]
 }
 
 fn eni(n: u32) -> EniId {
@@ -112,14 +123,15 @@ proptest! {
     #[test]
     fn the_target_is_what_counting_one_by_one_gives(policy in policy(), frame in frame(), counts in counts()) {
         let found = target(policy, &frame, &counts);
+        prop_assert!(policy != Policy::Demand || found.needed == 0 || found.wanted != Wanted::Enough, "{}", found.why);
         prop_assert_eq!((found.wanted, found.surplus, found.spare), model::target(policy, &frame, &counts), "{}", found.why);
         prop_assert_eq!(target(policy, &frame, &counts), found, "a function of the counts");
     }
 
     #[test]
-    fn the_plan_is_what_taking_slot_by_slot_gives(wanted in wanted(), means in means()) {
-        let found = plan(wanted, &means);
-        let (taken, unmet) = model::plan(wanted, &means);
+    fn the_plan_is_what_taking_slot_by_slot_gives(wanted in wanted(), needed in needed(), means in means()) {
+        let found = plan(wanted, needed, &means);
+        let (taken, unmet) = model::plan(wanted, needed, &means);
         prop_assert_eq!(as_places(&found.steps), taken);
         prop_assert_eq!(i64::from(found.unmet), unmet);
     }
@@ -127,8 +139,8 @@ proptest! {
     /// What the model might get wrong with the code: no room is exceeded, nothing that rests is asked, and nothing is lost
     /// between what is wanted, what is taken and what is said to be unmet.
     #[test]
-    fn a_plan_takes_no_more_than_there_is_and_says_what_is_missing(wanted in wanted(), means in means()) {
-        let found = plan(wanted, &means);
+    fn a_plan_takes_no_more_than_there_is_and_says_what_is_missing(wanted in wanted(), needed in needed(), means in means()) {
+        let found = plan(wanted, needed, &means);
         let mut brought = 0;
         let mut asked = BTreeSet::new();
         let mut made = 0;
@@ -154,7 +166,7 @@ proptest! {
             prop_assert!(want.slots() > 0, "{step:?} asks for nothing");
         }
         prop_assert!(made <= means.new_enis);
-        let needed = match wanted {
+        let total = match wanted {
             Wanted::Enough => 0,
             Wanted::Addresses(n) => n,
             Wanted::Prefixes(n) => n * PREFIX_SIZE,
@@ -162,10 +174,10 @@ proptest! {
         };
         let rooms = means.enis.iter().map(|room| room.at_most).chain(means.subnets.iter().map(|room| room.at_most));
         match rooms.into_iter().all(|most| most == AtMost::ANY) {
-            true => prop_assert_eq!(found.unmet, needed.saturating_sub(brought)),
-            false => prop_assert!(found.unmet <= needed.saturating_sub(brought), "the rest comes later"),
+            true => prop_assert_eq!(found.unmet, total.min(needed).saturating_sub(brought + means.later)),
+            false => prop_assert!(found.unmet <= total.saturating_sub(brought), "the rest comes later"),
         }
-        prop_assert!(brought < needed + PREFIX_SIZE, "not a whole prefix too many");
+        prop_assert!(brought < total + PREFIX_SIZE, "not a whole prefix too many");
     }
 
     /// Carried out, a target is content: it asks for no more, unless the node is full or asked for whole ENIs.

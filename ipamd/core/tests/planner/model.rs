@@ -6,11 +6,7 @@ use flatwire_core::target::{BATCH, Counts, Frame, HEADROOM, Mode, PREFIX_SIZE, P
 
 /// What is free to be given, waiting ADDs served first.
 fn available(c: &Counts) -> i64 {
-    let mut left = i64::from(c.total);
-    for taken in [c.assigned, c.cooling, c.waiting, c.orphans] {
-        left -= i64::from(taken);
-    }
-    left
+    i64::from(c.total) - [c.assigned, c.cooling, c.waiting, c.orphans].map(i64::from).iter().sum::<i64>()
 }
 
 /// The first number for which `enough` holds.
@@ -84,9 +80,7 @@ fn demand(frame: &Frame, c: &Counts) -> (Wanted, u32, u32) {
     while goal < pods + HEADROOM {
         goal += batch;
     }
-    while goal > frame.max_pods.max(pods) {
-        goal -= 1;
-    }
+    goal = goal.min(frame.max_pods.max(pods));
     let usable = i64::from(c.total.max(c.cooling) - c.cooling);
     let short = count_up(|n| usable + n >= i64::from(goal));
     let spare = count_down(|less| usable - less >= i64::from(goal));
@@ -102,8 +96,8 @@ fn demand(frame: &Frame, c: &Counts) -> (Wanted, u32, u32) {
 /// Where a slot may come from: an ENI that is here, or a new one by number in its subnet.
 pub type Place = Result<EniId, (u32, SubnetId)>;
 
-/// Slots taken, as prefixes or not, and how many addresses nothing brings.
-pub fn plan(wanted: Wanted, means: &Means) -> (Vec<(Place, bool, u32)>, i64) {
+/// Slots taken, as prefixes or not, and how many needed addresses nothing brings.
+pub fn plan(wanted: Wanted, needed: u32, means: &Means) -> (Vec<(Place, bool, u32)>, i64) {
     let (mut missing, prefixes) = match wanted {
         Wanted::Enough => (0, false),
         Wanted::Addresses(n) => (i64::from(n), false),
@@ -130,18 +124,26 @@ pub fn plan(wanted: Wanted, means: &Means) -> (Vec<(Place, bool, u32)>, i64) {
         let full = i64::from(means.slots_per_eni) * brings(best.is_some_and(|room| room.singles_only));
         unmade = if here { 0 } else { (i64::from(count) - i64::try_from(places.len()).unwrap()) * full };
     }
+    let whole_enis = matches!(wanted, Wanted::Enis(_));
+    let head_room = if whole_enis { 0 } else { (missing - i64::from(needed)).max(0) };
+    let mut later = if whole_enis { 0 } else { i64::from(means.later) };
     let mut taken = Vec::new();
     for (place, singles, slots, at_most) in places {
+        if place.is_err() {
+            // What comes by and by needs no new ENI; nor does head-room, where none may be made for it.
+            missing -= std::mem::take(&mut later);
+        }
+        if place.is_err() && !means.spare_enis && missing <= head_room {
+            break;
+        }
         let mut asked = 0;
-        for _ in 0..slots {
-            if missing > 0 {
-                missing -= brings(singles);
-                asked += 1;
-            }
+        while asked < slots && missing > 0 {
+            missing -= brings(singles);
+            asked += 1;
         }
         // What is not asked for at once comes from there later, and from nowhere else.
         let asked = most(at_most, singles).min(asked);
         taken.extend((asked > 0).then_some((place, brings(singles) > 1, asked)));
     }
-    (taken, if matches!(wanted, Wanted::Enis(_)) { unmade } else { missing.max(0) })
+    (taken, if whole_enis { unmade } else { (missing - later - head_room).max(0) })
 }

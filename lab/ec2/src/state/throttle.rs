@@ -11,18 +11,23 @@ use crate::options::{Bucket, Buckets};
 pub(crate) struct Throttle {
     buckets: Option<Buckets>,
     levels: BTreeMap<String, Level>,
+    /// Thousandths of every refill that others use up as it comes.
+    others: u64,
 }
+
+const WHOLE: u64 = 1_000;
+/// Parts of a token: a millisecond refills a whole number of them, whatever others take.
+const TOKEN: u64 = 1_000 * WHOLE;
 
 #[derive(Debug, Clone, Copy)]
 struct Level {
-    /// Thousandths of a token: a millisecond refills as many as a second refills tokens.
-    milli: u64,
+    parts: u64,
     at: Time,
 }
 
 impl Throttle {
     pub(crate) fn new(buckets: Option<Buckets>) -> Self {
-        Self { buckets, levels: BTreeMap::new() }
+        Self { buckets, levels: BTreeMap::new(), others: 0 }
     }
 
     pub(crate) fn set(&mut self, buckets: Option<Buckets>) {
@@ -30,15 +35,20 @@ impl Throttle {
         self.levels.clear();
     }
 
+    /// Others use up so many thousandths of every bucket's refill. To be said before the buckets are used.
+    pub(crate) fn share(&mut self, per_mille: u32) {
+        self.others = u64::from(per_mille).min(WHOLE);
+    }
+
     /// Takes a token for one call, or refuses it. `unfiltered` says that the call is one of those with a smaller
     /// bucket.
     pub(crate) fn take(&mut self, now: Time, action: &str, mutating: bool, unfiltered: bool) -> Result<(), ApiError> {
         let Some((key, bucket)) = self.bucket(action, mutating, unfiltered) else { return Ok(()) };
         let level = self.level(now, key, bucket);
-        if level.milli < 1_000 {
+        if level.parts < TOKEN {
             return Err(ApiError::throttled());
         }
-        level.milli -= 1_000;
+        level.parts -= TOKEN;
         Ok(())
     }
 
@@ -46,7 +56,7 @@ impl Throttle {
     pub(crate) fn drain(&mut self, now: Time, action: &str, mutating: bool, calls: u32) {
         if let Some((key, bucket)) = self.bucket(action, mutating, false) {
             let level = self.level(now, key, bucket);
-            level.milli = level.milli.saturating_sub(u64::from(calls) * 1_000);
+            level.parts = level.parts.saturating_sub(u64::from(calls) * TOKEN);
         }
     }
 
@@ -60,10 +70,11 @@ impl Throttle {
     }
 
     fn level(&mut self, now: Time, key: String, bucket: Bucket) -> &mut Level {
-        let full = u64::from(bucket.burst) * 1_000;
-        let level = self.levels.entry(key).or_insert(Level { milli: full, at: now });
-        let refill = now.since_ms(level.at).saturating_mul(u64::from(bucket.per_second));
-        level.milli = level.milli.saturating_add(refill).min(full);
+        let full = u64::from(bucket.burst) * TOKEN;
+        let ours = WHOLE - self.others;
+        let level = self.levels.entry(key).or_insert(Level { parts: full, at: now });
+        let refill = now.since_ms(level.at).saturating_mul(u64::from(bucket.per_second) * ours);
+        level.parts = level.parts.saturating_add(refill).min(full);
         level.at = now.max(level.at);
         level
     }
@@ -87,6 +98,16 @@ mod tests {
         assert_eq!(passed(&mut throttle, Time(1_000), 10, action), 5);
         assert_eq!(passed(&mut throttle, Time(1_000), 60, "AttachNetworkInterface"), 50);
         assert_eq!(passed(&mut throttle, Time(100_000), 150, action), 100);
+    }
+
+    #[test]
+    fn what_others_take_steadily_is_missing_from_the_refill_and_not_from_the_burst() {
+        let mut throttle = Throttle::new(Some(Buckets::published()));
+        throttle.share(400);
+        let action = "AttachNetworkInterface";
+        assert_eq!(passed(&mut throttle, Time(0), 60, action), 50);
+        let each_ms = (1..=10_000).map(|ms| passed(&mut throttle, Time(ms), 1, action));
+        assert_eq!(each_ms.sum::<u32>(), 30, "three a second are left of five, however often one asks");
     }
 
     #[test]

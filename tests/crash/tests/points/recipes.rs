@@ -31,7 +31,8 @@ pub fn recipe(effect: Effect) -> Recipe {
     let a_burst = Recipe { provoke: |scene| scene.burst(6), ..PLAIN };
     let a_second_eni = Recipe { provoke: |scene| scene.burst(MORE_THAN_ONE_ENI), ..PLAIN };
     match effect {
-        Effect::Persist => Recipe { arrivals: &[1, 2, 4, 7], ..a_burst },
+        // Pods that ask together may share a flush; the steps of an ENI do not.
+        Effect::Persist => Recipe { arrivals: &[1, 2, 4, 6], ..a_second_eni },
         Effect::Reply => Recipe { arrivals: &[1, 4], ..a_burst },
         Effect::Assign => a_burst,
         Effect::CreateEni | Effect::AttachEni | Effect::SetDeleteOnTermination => a_second_eni,

@@ -320,6 +320,39 @@ fn an_instance_full_of_others_enis_has_its_own_limit_again_when_they_are_known()
 }
 
 #[test]
+fn an_eni_that_a_reading_does_not_show_keeps_its_place_for_a_while() {
+    let mut w = World::new("m5.large", &[("MAX_ENI", "2")], &[]);
+    w.step(Event::Tick);
+    (0..12).for_each(|n| _ = w.add(n));
+    w.run(2_000);
+    assert_eq!(w.enis.len(), 2);
+    let second = w.enis.values_mut().find(|eni| eni.device != DeviceIndex::PRIMARY).unwrap();
+    let attachment = second.attachment.take();
+    let audit = w.request();
+    w.step(Event::Audit { request: audit });
+    (12..20).for_each(|n| _ = w.add(n));
+    w.run(20_000);
+    assert_eq!(w.enis.len(), 2, "the reading was older than the ENI");
+    assert!(attachment.is_some());
+}
+
+#[test]
+fn a_limit_learnt_from_an_old_reading_is_unlearned_by_a_new_one() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::EniFull, "PrivateIpAddressLimitExceeded")];
+    w.step(Event::Tick);
+    w.run(5_000);
+    let most = |w: &World| w.pool.status(w.now).max_addresses;
+    assert_eq!(most(&w), 3, "one slot on each of three ENIs");
+    let primary = EniId::new("eni-primary").unwrap();
+    w.give(&primary, Want::Addresses(8));
+    let audit = w.request();
+    w.step(Event::Audit { request: audit });
+    w.run(5_000);
+    assert_eq!(most(&w), 27);
+}
+
+#[test]
 fn a_subnet_without_blocks_for_single_addresses_is_let_rest() {
     let mut w = World::new("m5.large", &[], &[]);
     w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Fragmented, "InvalidParameterValue"); 100];
@@ -463,6 +496,46 @@ fn a_reading_older_than_an_answer_takes_nothing_away() {
     w.pool.gain(&primary, gained, w.now, &mut out);
     w.pool.step(Event::Cloud { op: asked, result: Ok(CloudReply::Enis(vec![before])) }, w.now);
     assert!(w.pool.status(w.now).enis[0].missing.is_empty());
+}
+
+/// Calls of one action.
+fn count(w: &World, action: &str) -> usize {
+    w.calls.iter().filter(|call| *call == action).count()
+}
+
+#[test]
+fn head_room_waits_for_a_quiet_hour_where_it_would_take_an_eni_of_its_own() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.step(Event::NodeState(NodeState { scheduled_pods: Some(16), ..NodeState::default() }));
+    let requests: Vec<_> = (0..16).map(|n| w.add(n)).collect();
+    w.run(5_000);
+    for request in requests {
+        w.added(request);
+    }
+    assert_eq!((count(&w, "AssignPrivateIpAddresses"), count(&w, "CreateNetworkInterface")), (1, 1), "{:?}", w.calls);
+    let held: usize = w.pool.ledger().slots.values().map(BTreeSet::len).sum();
+    assert_eq!(held, 18, "the ENI that is made anyway is made full");
+    w.run(1_300_000);
+    assert_eq!(count(&w, "CreateNetworkInterface"), 2, "the head-room comes when nobody needs the calls more");
+}
+
+#[test]
+fn a_throttled_assign_is_waited_for_and_no_eni_made_in_its_place() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.faults = vec![("AssignPrivateIpAddresses", CloudErrorKind::Throttled, "RequestLimitExceeded"); 4];
+    w.step(Event::NodeState(NodeState { scheduled_pods: Some(8), ..NodeState::default() }));
+    w.run(60_000);
+    assert_eq!((count(&w, "AssignPrivateIpAddresses"), count(&w, "CreateNetworkInterface")), (5, 0), "{:?}", w.calls);
+}
+
+#[test]
+fn a_throttled_attach_keeps_the_pace_of_its_bucket() {
+    let mut w = World::new("m5.large", &[], &[]);
+    w.faults = vec![("AttachNetworkInterface", CloudErrorKind::Throttled, "RequestLimitExceeded"); 3];
+    w.step(Event::NodeState(NodeState { scheduled_pods: Some(16), ..NodeState::default() }));
+    // Half a call at 2.5, 1.25 and 0.6 a second, and up to one call more: less than six seconds in all.
+    w.run(6_000);
+    assert_eq!(count(&w, "AttachNetworkInterface"), 4, "{:?}", w.calls);
 }
 
 #[test]
