@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use flatwire_core::ids::Time;
 
-use crate::invariants::{Rule, TAG_INSTANCE};
+use crate::invariants::{Rule, TAG_INSTANCE, Violation};
 use crate::policy::Policy;
 use crate::runtime::Sandbox;
 use crate::tally::Calls;
@@ -44,6 +44,7 @@ pub struct Harm {
 #[derive(Debug, Default)]
 pub struct Seen {
     pub broken: BTreeMap<Rule, Vec<String>>,
+    pub violations: usize,
     /// For how long each pod has waited for its address.
     waits: BTreeMap<u32, u64>,
     /// For how long each sandbox has been taken down.
@@ -57,6 +58,13 @@ pub struct Seen {
 }
 
 impl Seen {
+    pub fn note(&mut self, violations: Vec<Violation>) {
+        self.violations += violations.len();
+        for Violation { rule, text } in violations {
+            self.broken.entry(rule).or_default().push(text);
+        }
+    }
+
     /// Once a second.
     pub fn look<P: Policy>(&mut self, world: &World<P>) {
         let passed_ms = world.now.since_ms(std::mem::replace(&mut self.looked_at, world.now)).min(1_000);

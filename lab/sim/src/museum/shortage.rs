@@ -74,7 +74,7 @@ pub fn a_throttled_start_is_no_storm() -> Exhibit {
     let setting = Scenario::new(0)
         .var("WARM_IP_TARGET", 8)
         .at(30_000, Act::Pods { count: 6, life_ms: None })
-        .at(5 * MINUTE + 30_000, Act::Pods { count: 6, life_ms: None });
+        .at(5 * MINUTE + 30_000, Act::Pods { count: 12, life_ms: None });
     Exhibit {
         elsewhere: "At a roll-out every node describes its ENIs at once. Throttled, each asks again at once, which \
                     keeps the account's bucket empty; until it is answered the node gives no pod an address.",
@@ -95,7 +95,7 @@ pub fn a_throttled_start_is_no_storm() -> Exhibit {
             "amazon-vpc-cni-k8s#617",
             "a throttled roll-out keeps itself throttled",
             setting,
-            Probe::Refused { action: "DescribeNetworkInterfaces", most: 60 },
+            Probe::Waits { secs: 60 },
         )
     }
 }
