@@ -6,10 +6,10 @@ use std::fmt;
 use std::net::IpAddr;
 
 use flatwire_core::ids::{DeviceIndex, EniId, SandboxId, Time};
-use flatwire_core::ledger::{Allocation, LedgerState, Record};
+use flatwire_core::ledger::{Allocation, LedgerState, Progress, Record};
 use flatwire_core::limits;
 use flatwire_core::netplan::NodePlan;
-use flatwire_core::pool::{DEFAULT_PATIENCE_MS, Note, OpId, RequestId};
+use flatwire_core::pool::{DEFAULT_PATIENCE_MS, NodeState, Note, OpId, RequestId};
 use flatwire_core::ports::{CloudError, CloudReply, CloudRequest, KernelReport};
 use ipnet::IpNet;
 use lab_ec2::EniInfo;
@@ -29,6 +29,10 @@ const FAILURES_MOST: usize = 20;
 /// Calls of one reading action, within the window.
 const READS_MOST: usize = 30;
 const WINDOW_MS: u64 = 60_000;
+/// Longer than any rest that a failure leads to.
+const CALM_MS: u64 = 1_200_000;
+/// Free addresses of a subnet that is not short of any, /28s included.
+const ROOMY: u32 = 64;
 
 /// A thing that must never happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,6 +45,7 @@ pub enum Rule {
     Kept,
     Calls,
     OneMutation,
+    ReadFirst,
     Patience,
     Limits,
     Leaks,
@@ -65,6 +70,7 @@ impl Rule {
             Self::Kept => "no allocation of a live pod leaves the ledger except by its own DEL, by GC, or found dead",
             Self::Calls => "a call that fails is not repeated hot, and nothing is polled",
             Self::OneMutation => "never more than one mutation of an ENI is under way",
+            Self::ReadFirst => "when the answer to an assignment is lost, EC2 is read before more is asked for",
             Self::Patience => "who asks for an address is answered when the patience ends",
             Self::Limits => "the pool never exceeds the limits of its instance type or MAX_ENI",
             Self::Leaks => "an ENI that was created is attached, known to the ledger, or collected",
@@ -88,6 +94,15 @@ impl fmt::Display for Violation {
     }
 }
 
+/// An address handed out although it was cooling.
+#[derive(Debug)]
+struct Early {
+    address: IpAddr,
+    rested_ms: u64,
+    /// An ENI of the node that had room for more, where nothing stood in the way of asking for it.
+    instead: Option<EniId>,
+}
+
 /// What the checks remember of one node.
 #[derive(Debug, Default)]
 pub struct Watch {
@@ -95,7 +110,7 @@ pub struct Watch {
     /// When each address was released last, by the journal.
     freed: BTreeMap<IpAddr, Time>,
     /// Handed out in this batch although still cooling.
-    early: Vec<(IpAddr, u64)>,
+    early: Vec<Early>,
     /// DELs the daemon heard, by sandbox.
     dels: BTreeMap<SandboxId, Time>,
     /// Answers that are owed, by when.
@@ -103,6 +118,13 @@ pub struct Watch {
     owed_by: BTreeMap<RequestId, Time>,
     in_flight: BTreeMap<OpId, (&'static str, String, Option<EniId>)>,
     failures: BTreeMap<(&'static str, String), VecDeque<Time>>,
+    /// Assignments under way that name no addresses: to make one twice is to get twice as many.
+    assigning: BTreeMap<OpId, EniId>,
+    /// ENIs of which nobody knows what their last assignment did.
+    unread: BTreeSet<EniId>,
+    /// When a call last failed, and when the daemon started.
+    failed_at: Time,
+    started_at: Time,
     reads: BTreeMap<&'static str, VecDeque<Time>>,
     /// EC2's list of this node as of then has reached the daemon.
     read_of: Time,
@@ -123,7 +145,8 @@ impl Watch {
         self.violations.push(Violation { rule, text });
     }
 
-    pub(crate) fn daemon_started(&mut self) {
+    pub(crate) fn daemon_started(&mut self, now: Time) {
+        self.started_at = now;
         self.stood = None;
     }
 
@@ -132,6 +155,8 @@ impl Watch {
         self.owed_by.clear();
         self.in_flight.clear();
         self.failures.clear();
+        self.assigning.clear();
+        self.unread.clear();
         self.reads.clear();
         self.early.clear();
         self.unmentioned.clear();
@@ -176,6 +201,12 @@ impl Watch {
                 self.broken(Rule::Calls, format!("{action} was asked {READS_MOST} times within a minute"));
             }
         }
+        if let CloudRequest::Assign { eni, .. } = request {
+            if self.unread.contains(eni) {
+                self.broken(Rule::ReadFirst, format!("{eni} is asked for more, and nobody has looked"));
+            }
+            self.assigning.insert(op, eni.clone());
+        }
         self.in_flight.insert(op, (action, object(request), eni));
     }
 
@@ -187,6 +218,7 @@ impl Watch {
         now: Time,
     ) {
         let Some((action, object, _)) = self.in_flight.remove(&op) else { return };
+        let assigning = self.assigning.remove(&op);
         if result.is_ok() {
             self.failures.retain(|(of, _), _| *of != action);
         }
@@ -195,9 +227,15 @@ impl Watch {
                 let read_of = read_at.unwrap_or_default();
                 self.read_of = self.read_of.max(read_of);
                 self.taken.retain(|(_, _, at)| *at >= read_of);
+                self.unread.clear();
+            }
+            Ok(CloudReply::Eni(view)) => {
+                self.unread.remove(&view.id);
             }
             Ok(_) => {}
             Err(error) => {
+                self.failed_at = now;
+                self.unread.extend(assigning.filter(|_| error.kind.outcome_unknown()));
                 let times = self.failures.entry((action, object.clone())).or_default();
                 if crowded(times, now, FAILURES_MOST) {
                     let text = format!("{action} on {object} failed {FAILURES_MOST} times within a minute: {error}");
@@ -271,9 +309,38 @@ impl<P: Policy> Node<P> {
         if !repeated && let Some(freed) = self.watch.freed.remove(address) {
             let rested_ms = now.since_ms(freed);
             if rested_ms < self.settings.cooldown_ms() {
-                self.watch.early.push((*address, rested_ms));
+                let instead = self.could_have_grown(now, scene);
+                self.watch.early.push(Early { address: *address, rested_ms, instead });
             }
         }
+    }
+
+    /// An ENI with a free slot, on a node where all has been well for a while and an assignment takes a second.
+    fn could_have_grown(&self, now: Time, scene: &Scene<'_>) -> Option<EniId> {
+        let ledger = self.daemon.as_ref()?.ledger();
+        let calm =
+            now.since_ms(self.watch.failed_at.max(self.watch.started_at)) > CALM_MS && self.watch.taken.is_empty();
+        let brisk = self.pace.cloud_ms <= 500 && self.pace.slow_percent == 0 && self.kernel.broken.is_none();
+        let settings = &self.settings;
+        let allowed = settings.provisioning && !settings.custom_networking && self.state == self.plain_state();
+        let whole = ledger.releasing.is_empty() && ledger.unseen.is_empty() && ledger.enis_unseen.is_empty();
+        let settled = ledger.enis.values().all(|eni| eni.progress == Progress::Settled && eni.leaving.is_none());
+        let asking = !self.watch.in_flight.is_empty() || !ledger.creations.is_empty();
+        if asking || !(calm && brisk && allowed && whole && settled) {
+            return None;
+        }
+        let kind = limits::lookup(&ledger.node.as_ref()?.instance_type)?;
+        let view = scene.ec2.view(now);
+        let roomy = |id: &EniId| {
+            let eni = view.eni(id).filter(|eni| eni.slots() < kind.ipv4_per_eni)?;
+            view.subnet(&eni.subnet).filter(|subnet| subnet.free_addresses >= ROOMY)
+        };
+        ledger.enis.keys().find(|id| roomy(id).is_some()).cloned()
+    }
+
+    /// What is said of a node of which nothing but its pods is said.
+    fn plain_state(&self) -> NodeState {
+        NodeState { scheduled_pods: self.state.scheduled_pods, ..NodeState::default() }
     }
 
     fn check_routed(&mut self, address: IpAddr, eni: &EniId, now: Time, scene: &mut Scene<'_>) {
@@ -372,10 +439,13 @@ impl<P: Policy> Node<P> {
 
     /// A batch is over.
     pub(crate) fn check_batch(&mut self, now: Time, _: &mut Scene<'_>) {
-        for (address, rested_ms) in std::mem::take(&mut self.watch.early) {
+        for Early { address, rested_ms, instead } in std::mem::take(&mut self.watch.early) {
             let free = self.daemon.as_ref().map_or(0, |daemon| daemon.free_now(now));
             if free > 0 {
                 let text = format!("{address} is handed out after {rested_ms} ms; {free} others were free");
+                self.watch.broken(Rule::CoolDown, text);
+            } else if let Some(eni) = instead {
+                let text = format!("{address} is handed out after {rested_ms} ms; {eni} had room for another");
                 self.watch.broken(Rule::CoolDown, text);
             }
         }

@@ -224,7 +224,7 @@ impl<P: Policy> Node<P> {
         self.check_replayed(&ledger);
         self.life += 1;
         self.daemon = Some(P::start(&self.settings, ledger, self.dice.number(), now));
-        self.watch.daemon_started();
+        self.watch.daemon_started(now);
         self.inbox = vec![Event::Tick];
         self.queue.push(now.plus_ms(self.dice.between(0, 300)), Happening::TellsState { life: self.life });
         self.queue.push(now, Happening::DrainsReleases { life: self.life });

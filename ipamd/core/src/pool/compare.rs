@@ -19,6 +19,9 @@ use crate::ports::{CloudError, CloudErrorKind, EniKind, EniStatus, EniView, Meta
 pub const NO_MANAGE_TAG: &str = "node.k8s.amazonaws.com/no_manage";
 /// What EC2 has not shown for this long, in two readings at least, is believed gone if nothing lives on it.
 pub(super) const BELIEVED_AFTER_MS: u64 = 60_000;
+/// How long an ENI that EC2 called full is taken to have no more room than it showed: what it held that moment may have been
+/// more, so it is tried again.
+const LEARNED_MS: u64 = 1_000_000;
 
 impl Pool {
     pub(super) fn metadata_arrived(&mut self, metadata: Metadata, now: Time, out: &mut Out) {
@@ -297,7 +300,8 @@ impl Pool {
         let Some(record) = self.ledger.enis.get(&view.id).cloned() else { return };
         let full = self.setbacks.get(&Subject::Eni(view.id.clone())).is_some_and(|s| s.kind == CloudErrorKind::EniFull);
         if full && let Ok(slots) = u32::try_from(view.slots.len()) {
-            self.learned_slots = Some(self.learned_slots.map_or(slots, |learned| learned.min(slots)));
+            let least = self.learned_slots.map_or(slots, |(learned, _)| learned.min(slots));
+            self.learned_slots = Some((least, now.plus_ms(LEARNED_MS)));
         }
         if record.leaving.is_some() && record.progress >= Progress::Attached && view.status == EniStatus::Available {
             self.advance(&view.id, Progress::Created, "detached", now, out);

@@ -135,7 +135,8 @@ impl Pool {
                     self.start(Op::Assign { eni, want }, request, now, out);
                 }
                 Step::Create { subnet, want } => {
-                    let room = self.ledger.creations.len() < MAX_CREATIONS;
+                    // A subnet that is short is asked once at a time.
+                    let room = self.ledger.creations.len() < MAX_CREATIONS && !self.is_being_sounded(&subnet);
                     if !room || !self.may_call(CREATE, now) {
                         break;
                     }
@@ -204,7 +205,8 @@ impl Pool {
     pub(super) fn frame(&self) -> Option<Frame> {
         let limits = self.limits.as_ref()?;
         let mode = if limits.prefixes { self.settings.mode } else { Mode::Addresses };
-        let slots_per_eni = limits.ipv4_per_eni.saturating_sub(1).min(self.learned_slots.unwrap_or(u32::MAX));
+        let slots_per_eni =
+            limits.ipv4_per_eni.saturating_sub(1).min(self.learned_slots.map_or(u32::MAX, |(slots, _)| slots));
         Some(Frame { mode, slots_per_eni, max_pods: self.settings.max_pods })
     }
 
@@ -271,7 +273,8 @@ impl Pool {
         let frame = self.frame()?;
         // EC2 gives its tokens by and by: what it throttles is waited for, what it denies is not.
         let throttled = !self.may_call(ASSIGN, now);
-        let denied = self.setbacks.get(&Subject::Action(ASSIGN.to_owned())).is_some_and(|s| !s.over && s.kind != K::Throttled);
+        let setback = self.setbacks.get(&Subject::Action(ASSIGN.to_owned()));
+        let denied = setback.is_some_and(|s| !s.over && s.kind != K::Throttled);
         let mut enis: Vec<_> = self.ledger.enis.values().collect();
         enis.sort_by_key(|eni| (eni.card, eni.device));
         let mut rooms = Vec::new();

@@ -292,8 +292,8 @@ pub struct Pool {
     foreign: BTreeMap<DeviceIndex, Option<EniId>>,
     /// The ENI limit EC2 taught us, when our table was wrong.
     learned_max_enis: Option<u32>,
-    /// Slots an ENI holds beside its own address, when EC2 said it is full before our table did.
-    learned_slots: Option<u32>,
+    /// Slots an ENI holds beside its own address, when EC2 said it is full before our table did, and until when we believe it.
+    learned_slots: Option<(u32, Time)>,
     /// ENIs of the ledger whose owner has taken them out of our hands.
     unmanaged: BTreeSet<EniId>,
     subnets: subnets::Subnets,
@@ -494,6 +494,7 @@ impl Pool {
         }
         self.ledger.given_up.retain(|_, at| now.since_ms(*at) < READINGS_LAG_MS);
         self.ledger.forgotten.retain(|_, at| now.since_ms(*at) < READINGS_LAG_MS);
+        self.learned_slots = self.learned_slots.filter(|(_, until)| *until > now);
         self.serve_waiting(now, out);
         self.learn_node(now, out);
         self.advance_enis(now, out);
