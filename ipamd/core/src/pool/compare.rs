@@ -316,7 +316,7 @@ impl Pool {
         let more: BTreeSet<IpNet> = view.slots.difference(&held).copied().collect();
         // So many do fit, whatever an older reading has taught.
         let fits = u32::try_from(view.slots.len()).unwrap_or(u32::MAX);
-        self.learned_slots = self.learned_slots.map(|learned| learned.max(fits));
+        self.learned_slots = self.learned_slots.map(|(learned, until)| (learned.max(fits), until));
         let Some(live) = self.live.get_mut(eni) else { return };
         live.quarantined.clear();
         if live.changed_at >= asked_at {
