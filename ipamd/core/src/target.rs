@@ -217,7 +217,12 @@ fn by_prefix(warm_prefix: u32, frame: &Frame, counts: &Counts) -> Target {
     } else {
         Wanted::Enough
     };
-    let surplus = counts.free_prefixes.saturating_sub(warm_prefix) * PREFIX_SIZE;
+    // With no warm prefix wanted one address must still be free, or the next look would take back what this one gave.
+    let over = match warm_prefix {
+        0 => counts.free_prefixes.min(clamp((available - 1) / size)),
+        _ => counts.free_prefixes.saturating_sub(warm_prefix),
+    };
+    let surplus = over * PREFIX_SIZE;
     Target { wanted, needed: ALL, surplus, spare: surplus, why }
 }
 
@@ -325,6 +330,14 @@ mod tests {
         assert_eq!(t(1, prefixes(1, 0, 1)).wanted, Wanted::Prefixes(1));
         assert_eq!(t(2, prefixes(2, 2, 0)).wanted, Wanted::Enough);
         assert_eq!(t(1, prefixes(3, 2, 16)).surplus, PREFIX_SIZE);
+    }
+
+    #[test]
+    fn no_warm_prefix_does_not_swing_between_none_and_one() {
+        let f = frame(Mode::Prefixes, 9);
+        let t = target(warm(1, 0, 0, 0), &f, &prefixes(1, 1, 0));
+        assert_eq!((t.wanted, t.surplus), (Wanted::Enough, 0));
+        assert_eq!(target(warm(1, 0, 0, 0), &f, &prefixes(2, 1, 3)).surplus, PREFIX_SIZE, "the other has room");
     }
 
     #[test]

@@ -60,8 +60,9 @@ fn enis(warm: u32, frame: &Frame, c: &Counts, full: bool) -> (Wanted, u32, u32) 
 }
 
 fn prefixes(warm: u32, c: &Counts, full: bool) -> (Wanted, u32, u32) {
-    let over = 16 * count_down(|less| i64::from(c.free_prefixes) - less >= i64::from(warm));
     let free = available(c);
+    let enough = |less: i64| warm > 0 || less == 0 || free - 16 * less > 0;
+    let over = 16 * count_down(|less| i64::from(c.free_prefixes) - less >= i64::from(warm) && enough(less));
     let dry = warm == 0 && free <= 0;
     if full || (free >= 16 * i64::from(warm) && !dry) {
         return (Wanted::Enough, over, over);
