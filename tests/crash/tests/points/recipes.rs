@@ -47,7 +47,7 @@ pub fn recipe(effect: Effect) -> Recipe {
             ..PLAIN
         },
         // A minute of idleness for addresses, five for an ENI.
-        Effect::Unassign => Recipe { before: |scene| scene.come_and_go(6), hurry: 60, ..PLAIN },
+        Effect::Unassign => Recipe { before: |scene| scene.come_and_go(MORE_THAN_ONE_ENI), hurry: 60, ..PLAIN },
         Effect::DetachEni | Effect::DeleteEni => {
             Recipe { before: |scene| scene.come_and_go(MORE_THAN_ONE_ENI), hurry: 120, ..PLAIN }
         }
