@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
+use super::grow::DESCRIBE;
 use super::setback::Subject;
 use super::{Live, Note, Op, OpId, Out, Pool};
 use crate::ids::{AttachmentId, DeviceIndex, EniId, SubnetId, Time};
@@ -22,7 +23,7 @@ impl Op {
         match self {
             Self::Metadata => "ImdsRead",
             Self::Limits => "DescribeInstanceTypes",
-            Self::Verify | Self::ReadBack(_) | Self::Leaks => "DescribeNetworkInterfaces",
+            Self::Verify | Self::ReadBack(_) | Self::Leaks => DESCRIBE,
             Self::Subnets => "DescribeSubnets",
             Self::Create { .. } => "CreateNetworkInterface",
             Self::Attach(_) => "AttachNetworkInterface",
@@ -68,7 +69,7 @@ impl Pool {
         }
         let unread: Vec<EniId> = self.live.iter().filter(|(_, live)| live.read_due).map(|(id, _)| id.clone()).collect();
         for eni in unread {
-            if !self.may_call("DescribeNetworkInterfaces", now) {
+            if !self.may_call(DESCRIBE, now) {
                 break;
             }
             if let Some(live) = self.live.get_mut(&eni) {
@@ -77,7 +78,7 @@ impl Pool {
             self.start(Op::ReadBack(eni.clone()), CloudRequest::DescribeEni { eni }, now, out);
         }
         let verify_due = self.verify_due && self.metadata_read && !self.under_way(|op| *op == Op::Verify);
-        if verify_due && self.may_call("DescribeNetworkInterfaces", now) {
+        if verify_due && self.may_call(DESCRIBE, now) {
             self.start(Op::Verify, CloudRequest::DescribeNode { instance: node.instance }, now, out);
         }
     }

@@ -17,6 +17,9 @@ use crate::target::{self, Counts, Frame, Mode, PREFIX_SIZE, Target, Wanted};
 pub(super) const TAG_INSTANCE: &str = "node.k8s.amazonaws.com/instance_id";
 const TAG_CREATED: &str = "node.k8s.amazonaws.com/createdAt";
 pub(super) const TAG_CLUSTER: &str = "cluster.k8s.amazonaws.com/name";
+pub(super) const DESCRIBE: &str = "DescribeNetworkInterfaces";
+/// Refusals in a row after which readings are not waited for.
+const UNREADABLE_AFTER: u32 = 2;
 const ASSIGN: &str = "AssignPrivateIpAddresses";
 pub(super) const ATTACH: &str = "AttachNetworkInterface";
 pub(super) const CREATE: &str = "CreateNetworkInterface";
@@ -155,12 +158,17 @@ impl Pool {
         }
     }
 
-    /// Before EC2 has confirmed the ledger, what seems missing may be there.
+    /// Before EC2 has confirmed the ledger, what seems missing may be there. A pod that waits does not wait for readings that
+    /// are refused again and again: a few addresses too many can be given back, a start held up for minutes cannot.
     fn may_grow(&self) -> bool {
         let unread = self.live.values().any(|live| live.read_due);
         let asking = unread || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
-        let wanted = !self.winding_down() || !self.waiting.is_empty();
-        self.may_change() && wanted && !self.verify_due && !asking
+        let reading = self.setbacks.get(&Subject::Action(DESCRIBE.to_owned()));
+        let unreadable = reading.is_some_and(|setback| setback.failures >= UNREADABLE_AFTER);
+        let waited_for = !self.waiting.is_empty();
+        let read = !self.verify_due && !asking;
+        let wanted = !self.winding_down() || waited_for;
+        self.may_change() && wanted && (read || unreadable && waited_for)
     }
 
     /// Attached long ago and its link has not come, while the kernel does what it is told otherwise.
@@ -286,7 +294,9 @@ impl Pool {
             let busy = self.is_changing(&eni.id);
             let rests = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
             let refused = rests || denied || self.is_stuck(&eni.id, now);
-            let waits = busy || throttled || self.is_being_sounded(&eni.subnet) || eni.progress == Progress::Created;
+            // What came of its last call is not known yet: asked again it might be given twice.
+            let unread = live.read_due || self.under_way(|op| matches!(op, Op::ReadBack(id) if *id == eni.id));
+            let waits = busy || unread || throttled || self.is_being_sounded(&eni.subnet) || eni.progress == Progress::Created;
             let singles_only = self.rests(&Subject::EniPrefixes(eni.id.clone()));
             if waits && !refused {
                 let size = if singles_only { 1 } else { frame.slot_size() };

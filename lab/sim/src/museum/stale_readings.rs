@@ -77,11 +77,12 @@ pub fn a_torn_list_after_a_restart_erases_nothing() -> Exhibit {
         here: "An allocation leaves the ledger by its own DEL, by GC, or when its sandbox is found dead; a list erases \
                none. What a list lacks is not handed out until EC2 has spoken.",
         event: |scenario| {
-            (5..15).fold(scenario.at(5 * MINUTE - 1, Act::ImdsPartial(true)), |s, minute| {
-                s.at(minute * MINUTE, Act::Kill { down_ms: 1_000 })
+            // One restart in seven meets a list that lacks a prefix.
+            (0..60).fold(scenario.at(5 * MINUTE - 1, Act::ImdsPartial(true)), |s, n| {
+                s.at(5 * MINUTE + n * 15_000, Act::Kill { down_ms: 1_000 })
             })
         },
-        minutes: 20,
+        minutes: 25,
         ..Exhibit::new(
             "amazon-vpc-cni-k8s#3876",
             "a torn list at start erases allocations",
