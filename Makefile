@@ -21,6 +21,10 @@ test: need-root deps build ## Every test: unit, property, namespaces, CNI confor
 fleet: ## NODES (1000) nodes scale out at once on one account's buckets, under the pool and under the add-on's policy
 	cargo run --release -q -p lab-sim -- fleet --nodes $(or $(NODES),1000)
 
+.PHONY: calls
+calls: ## What fresh nodes ask of EC2 until their pods are served, beside the least that the limits allow
+	cargo run --release -q -p lab-sim -- calls
+
 .PHONY: planted
 planted: ## Plant ten classic bugs one by one in a copy of the code, and have the simulator find each
 	cargo run --release -q -p lab-sim --bin planted

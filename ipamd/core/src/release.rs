@@ -113,10 +113,10 @@ fn idle_slots(eni: &EniUse, single: bool, surplus: u32) -> BTreeSet<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::target::Wanted;
+    use crate::target::{Wanted, Why};
 
     fn target(surplus: u32, spare: u32) -> Target {
-        Target { wanted: Wanted::Enough, needed: 0, surplus, spare, why: String::new() }
+        Target { wanted: Wanted::Enough, needed: 0, surplus, spare, why: Why::Demand { demand: 0, goal: 0, usable: 0 } }
     }
 
     fn eni(id: &str, device: u32, pods: u32, slots: &[(&str, Option<u64>)]) -> EniUse {

@@ -102,7 +102,7 @@ impl Frame {
 }
 
 /// The answer, with its reason.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     pub wanted: Wanted,
     /// Of the addresses wanted: those that pods need. The rest is head-room. The add-on's targets tell no difference.
@@ -111,7 +111,37 @@ pub struct Target {
     pub surplus: u32,
     /// Addresses beyond the target: an ENI without pods that holds no more than these may be given back.
     pub spare: u32,
-    pub why: String,
+    pub why: Why,
+}
+
+/// What the target follows from. Looked at with every event and read seldom, so words are made of it only then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    Addresses { warm_ip: u32, minimum_ip: u32, available: i64, total: u32, short: i64, over: i64 },
+    Enis { warm_eni: u32, available: i64, goal: i64 },
+    Prefixes { warm_prefix: u32, available: i64, free: u32, held: u32 },
+    Demand { demand: u32, goal: u32, usable: u32 },
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Addresses { warm_ip, minimum_ip, available, total, short, over } => write!(
+                f,
+                "WARM_IP_TARGET={warm_ip} MINIMUM_IP_TARGET={minimum_ip}: {available} available of {total}, \
+                 short {short}, over {over}"
+            ),
+            Self::Enis { warm_eni, available, goal } => {
+                write!(f, "WARM_ENI_TARGET={warm_eni}: {available} available, {goal} wanted free")
+            }
+            Self::Prefixes { warm_prefix, available, free, held } => {
+                write!(f, "WARM_PREFIX_TARGET={warm_prefix}: {available} available, {free} of {held} prefixes free")
+            }
+            Self::Demand { demand, goal, usable } => {
+                write!(f, "demand: {demand} pods and {HEADROOM} spare make {goal}, {usable} usable")
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,13 +182,11 @@ pub fn target(policy: Policy, frame: &Frame, counts: &Counts) -> Target {
 fn by_address(warm: &WarmTargets, frame: &Frame, counts: &Counts) -> Target {
     let available = counts.available();
     let total = i64::from(counts.total);
-    let (warm_ip, minimum) = (i64::from(warm.warm_ip), i64::from(warm.minimum_ip));
-    let short = (warm_ip - available).max(0).max(minimum - total);
-    let over = (available - warm_ip).max(0).min(total - minimum).max(0);
-    let why = format!(
-        "WARM_IP_TARGET={} MINIMUM_IP_TARGET={}: {available} available of {total}, short {short}, over {over}",
-        warm.warm_ip, warm.minimum_ip
-    );
+    let (warm_free, minimum) = (i64::from(warm.warm_ip), i64::from(warm.minimum_ip));
+    let short = (warm_free - available).max(0).max(minimum - total);
+    let over = (available - warm_free).max(0).min(total - minimum).max(0);
+    let WarmTargets { warm_ip, minimum_ip, .. } = *warm;
+    let why = Why::Addresses { warm_ip, minimum_ip, available, total: counts.total, short, over };
     let full = counts.total >= frame.max_pods && counts.waiting == 0;
     match frame.mode {
         Mode::Addresses => {
@@ -184,7 +212,7 @@ fn by_eni(warm_eni: u32, frame: &Frame, counts: &Counts) -> Target {
     let unit = i64::from(frame.addresses_per_eni().max(1));
     let available = counts.available();
     let goal = unit * i64::from(warm_eni);
-    let why = format!("WARM_ENI_TARGET={warm_eni}: {available} available, {goal} wanted free");
+    let why = Why::Enis { warm_eni, available, goal };
     let low = available < goal || (warm_eni == 0 && available <= 0);
     let full = counts.total >= frame.max_pods && counts.waiting == 0;
     let wanted = if low && !full {
@@ -203,10 +231,7 @@ fn by_prefix(warm_prefix: u32, frame: &Frame, counts: &Counts) -> Target {
     let size = i64::from(PREFIX_SIZE);
     let available = counts.available();
     let goal = size * i64::from(warm_prefix);
-    let why = format!(
-        "WARM_PREFIX_TARGET={warm_prefix}: {available} available, {} of {} prefixes free",
-        counts.free_prefixes, counts.prefixes
-    );
+    let why = Why::Prefixes { warm_prefix, available, free: counts.free_prefixes, held: counts.prefixes };
     let low = available < goal || (warm_prefix == 0 && available <= 0);
     let full = counts.total >= frame.max_pods && counts.waiting == 0;
     let wanted = if low && !full {
@@ -238,7 +263,7 @@ fn by_demand(frame: &Frame, counts: &Counts) -> Target {
     let goal = goal.min(frame.max_pods.max(demand));
     // Cooling addresses are held but cannot be given: the goal must be met without them.
     let usable = counts.total.saturating_sub(counts.cooling);
-    let why = format!("demand: {demand} pods and {HEADROOM} spare make {goal}, {usable} usable");
+    let why = Why::Demand { demand, goal, usable };
     let short = goal.saturating_sub(usable);
     let wanted = match frame.mode {
         _ if short == 0 => Wanted::Enough,

@@ -231,6 +231,7 @@ fn draw_trouble(scenario: &mut Scenario, span_ms: u64, dice: &mut Dice) {
         operators,
         thefts,
         levels,
+        strays,
     ];
     for trouble in troubles {
         if dice.percent(30) {
@@ -418,5 +419,17 @@ fn levels(t: &mut Trouble<'_>) {
         if t.dice.percent(50) {
             t.window(Act::Unschedulable(true), Act::Unschedulable(false), 20 * MINUTE);
         }
+    }
+}
+
+/// Pods that have hardly begun and are taken for gone: no look at the kernel lies between.
+fn strays(t: &mut Trouble<'_>) {
+    for _ in t.times(12) {
+        let (at, count) = (t.some_time(), u32::try_from(t.dice.between(1, 8)).unwrap_or(1));
+        t.act(at, Act::Pods { count, life_ms: None });
+        let soon = t.dice.between(1_000, 8_000);
+        t.act(at + soon, Act::StrayDels { count });
+        let later = t.dice.between(MINUTE, 20 * MINUTE);
+        t.act(at + soon + later, Act::EndPods { count });
     }
 }

@@ -6,7 +6,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use flatwire_core::ids::{DeviceIndex, EniId, SandboxId, Time};
-use flatwire_core::ledger::{Allocation, LedgerState, Progress, Record};
+use flatwire_core::ledger::{Allocation, EniRecord, LedgerState, Progress, Record};
 use flatwire_core::limits;
 use flatwire_core::netplan::NodePlan;
 use flatwire_core::pool::{DEFAULT_PATIENCE_MS, NodeState, Note, OpId, RequestId};
@@ -27,7 +27,7 @@ const PATIENCE_SLACK_MS: u64 = 2_000;
 /// Failing calls of one action on one object, within the window: a few rounds of asking for less and less.
 const FAILURES_MOST: usize = 20;
 /// Calls of one reading action, within the window.
-const READS_MOST: usize = 30;
+const READS_MOST: usize = 40;
 const WINDOW_MS: u64 = 60_000;
 /// Longer than any rest that a failure leads to.
 const CALM_MS: u64 = 1_200_000;
@@ -324,7 +324,10 @@ impl<P: Policy> Node<P> {
         let settings = &self.settings;
         let allowed = settings.provisioning && !settings.custom_networking && self.state == self.plain_state();
         let whole = ledger.releasing.is_empty() && ledger.unseen.is_empty() && ledger.enis_unseen.is_empty();
-        let settled = ledger.enis.values().all(|eni| eni.progress == Progress::Settled && eni.leaving.is_none());
+        // What is on its way is waited for; an ENI whose link has not come brings what it holds by itself.
+        let up = |id: &EniId| scene.ec2.with_enis(now, |enis| enis.get(id).is_some_and(|eni| eni.link_is_up(now)));
+        let in_service = |eni: &EniRecord| eni.progress == Progress::Settled && eni.leaving.is_none() && up(&eni.id);
+        let settled = ledger.enis.values().all(in_service);
         let asking = !self.watch.in_flight.is_empty() || !ledger.creations.is_empty();
         if asking || !(calm && brisk && allowed && whole && settled) {
             return None;

@@ -28,6 +28,8 @@ enum Command {
     Museum(Museum),
     /// Start many nodes at once on one account, under the pool and under the add-on's policy.
     Fleet(Fleet),
+    /// What fresh nodes ask of EC2 until their pods are served, beside the least that the limits allow.
+    Calls,
 }
 
 #[derive(Args)]
@@ -96,6 +98,11 @@ fn main() -> ExitCode {
         Command::Run(run) => explore_or_replay(&run),
         Command::Museum(museum) => visit(&museum),
         Command::Fleet(args) => scale_out(&args),
+        Command::Calls => {
+            let bill = fleet::bill();
+            println!("{}calls: least={}", bill.text, if bill.least { "yes" } else { "no" });
+            if bill.least { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
     }
 }
 

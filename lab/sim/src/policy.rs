@@ -68,6 +68,6 @@ impl Policy for Pool {
     }
 
     fn target(&self, now: Time) -> Option<Target> {
-        self.status(now).target
+        Pool::target(self, now)
     }
 }

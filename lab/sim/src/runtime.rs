@@ -85,6 +85,8 @@ pub struct Sandbox {
     pub wired: bool,
     /// A DEL was begun.
     pub ending: bool,
+    /// It was taken for gone, and runs on.
+    pub stray: bool,
     tells: u32,
 }
 
@@ -92,6 +94,13 @@ impl Sandbox {
     /// Packets may come from or go to its address, now or in a moment.
     pub fn is_live(&self) -> bool {
         self.address.is_some() && (self.plugin || self.wired)
+    }
+}
+
+impl Runtime {
+    /// Sandboxes that were taken for gone and run on.
+    pub fn strays(&self) -> impl Iterator<Item = &Sandbox> {
+        self.sandboxes.values().filter(|sandbox| sandbox.stray)
     }
 }
 
@@ -170,13 +179,27 @@ impl<P: Policy> Node<P> {
         self.queue.retain(|happening| !matches!(happening, Happening::Pod(_, PodStep::Ends)));
     }
 
+    /// Pods that were taken for gone end after all.
+    pub fn end_strays(&mut self, now: Time) {
+        for sandbox in self.runtime.strays() {
+            self.queue.push(now, Happening::Pod(sandbox.pod, PodStep::Ends));
+        }
+    }
+
     /// The daemon hears a DEL for so many pods that run on.
     pub fn stray_dels(&mut self, count: u32) {
-        let wired = self.runtime.sandboxes.values().filter(|sandbox| sandbox.wired && !sandbox.ending);
+        // What neither the ledger nor the kernel shows nobody can know.
+        let routed = |sandbox: &&Sandbox| sandbox.address.is_some_and(|a| self.kernel.routes.contains_key(&a));
+        let wired = self.runtime.sandboxes.values().filter(|sandbox| sandbox.wired && !sandbox.ending).filter(routed);
         let mut sandboxes: Vec<SandboxId> = wired.map(|sandbox| sandbox.id.clone()).collect();
         for _ in 0..count.min(u32::try_from(sandboxes.len()).unwrap_or(u32::MAX)) {
             let sandbox = self.runtime.dice.pick(&sandboxes).clone();
             sandboxes.retain(|other| *other != sandbox);
+            self.runtime
+                .sandboxes
+                .values_mut()
+                .filter(|known| known.id == sandbox)
+                .for_each(|known| known.stray = true);
             self.ask(Asker::Queue(sandbox.clone()), |request| Event::Del { request, sandbox });
         }
     }
@@ -211,6 +234,7 @@ impl<P: Policy> Node<P> {
                     plugin: false,
                     wired: false,
                     ending: false,
+                    stray: false,
                     tells: 0,
                 };
                 self.runtime.sandboxes.insert(sandbox, new);

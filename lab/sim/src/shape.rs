@@ -17,7 +17,7 @@ pub struct Shape {
 }
 
 /// EC2 calls by action.
-pub type Tariff = BTreeMap<&'static str, u32>;
+pub type Tariff = BTreeMap<String, u64>;
 
 impl Shape {
     pub const fn singles(instance_type: &'static str, pods: u32) -> Self {
@@ -52,7 +52,11 @@ impl Shape {
             ("DescribeSubnets", 1),
             ("ModifyNetworkInterfaceAttribute", enis),
         ];
-        calls.into_iter().filter(|(_, count)| *count > 0).collect()
+        calls
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(action, count)| (action.to_owned(), u64::from(count)))
+            .collect()
     }
 }
 
@@ -60,7 +64,7 @@ impl std::fmt::Display for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mode = if self.prefixes { "prefixes" } else { "singles" };
         write!(f, "{}, {mode}, {} pods", self.instance_type, self.pods)?;
-        if self.at_launch > 0 { write!(f, ", {} prefixes at launch", self.at_launch) } else { Ok(()) }
+        if self.at_launch > 0 { write!(f, ", {} at launch", self.at_launch) } else { Ok(()) }
     }
 }
 

@@ -229,7 +229,11 @@ impl<P: Policy> World<P> {
                 self.tally.fault("ruleset flushed");
             }
             Act::FlushPodRoute => {
-                if let Some(address) = self.dice.any(self.node.kernel.routes.keys().copied()) {
+                // What neither the ledger nor the kernel knows of, nobody can keep from harm.
+                let strays: BTreeSet<_> = self.node.runtime.strays().filter_map(|sandbox| sandbox.address).collect();
+                let known = self.node.kernel.routes.keys().copied().filter(|address| !strays.contains(address));
+                let known: Vec<IpAddr> = known.collect();
+                if let Some(address) = self.dice.any(known.into_iter()) {
                     self.node.kernel.routes.remove(&address);
                     self.tally.fault("pod route flushed");
                 }
@@ -343,6 +347,7 @@ impl<P: Policy> World<P> {
         let Habits { patience_ms, tell_scheduled, .. } = self.node.runtime.habits;
         self.node.runtime.habits = Habits { patience_ms, tell_scheduled, ..Habits::default() };
         self.node.keep_pods();
+        self.node.end_strays(self.now);
         self.node.spare();
         self.node.tell_state(now, |state| {
             state.level = Level::Normal;

@@ -61,7 +61,11 @@ impl Pool {
             self.metadata_at = None;
             self.start(Op::Metadata, CloudRequest::ReadMetadata, now, out);
         }
-        let Some(node) = self.ledger.node.clone().filter(|_| self.may_read()) else { return };
+        let unread = self.live.values().any(|live| live.read_due);
+        if !self.may_read() || !(unread || self.verify_due || self.limits.is_none()) {
+            return;
+        }
+        let Some(node) = self.ledger.node.clone() else { return };
         let limits_due = self.limits.is_none() && !self.under_way(|op| *op == Op::Limits);
         if limits_due && self.may_call("DescribeInstanceTypes", now) {
             let request = CloudRequest::DescribeInstanceType { instance_type: node.instance_type.clone() };

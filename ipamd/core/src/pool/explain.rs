@@ -147,7 +147,7 @@ impl Pool {
         self.recall(answer, |note| matches!(note, Note::Grow { .. } | Note::CannotGrow { .. } | Note::Release { .. }));
         match self.target(now) {
             Some(target) => {
-                answer.now(target.why.clone());
+                answer.now(target.why.to_string());
                 answer.now(format!("wanted: {}; {} more than the target", target.wanted, target.spare));
             }
             None => answer.now("the instance is not known yet, so nothing can be wanted"),

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::compare::BELIEVED_AFTER_MS;
-use super::setback::Subject;
+use super::setback::{Setback, Subject};
 use super::{MAX_CREATIONS, Note, Op, Out, Pool, STUCK_ENI_MS};
 use crate::ids::{EniId, SecurityGroupId, SubnetId, Time};
-use crate::ledger::{Creation, NodeFacts, Progress, Record};
+use crate::ledger::{Creation, EniRecord, NodeFacts, Progress, Record};
 use crate::pick;
 use crate::plan::{self, EniRoom, Means, Step};
 use crate::ports::{CloudErrorKind as K, CloudRequest, Want};
@@ -28,11 +28,17 @@ const TAG_OWNER: (&str, &str) = ("eks:eni:owner", "amazon-vpc-cni");
 impl Pool {
     /// Takes the next step of every ENI that is not in service yet; a crash in between resumes here.
     pub(super) fn advance_enis(&mut self, now: Time, out: &mut Out) {
-        let Some(node) = self.ledger.node.clone() else { return };
         if !self.may_change() {
             return;
         }
+        self.follow_groups(now, out);
         let creations: Vec<Creation> = self.ledger.creations.values().cloned().collect();
+        let unfinished = |eni: &&EniRecord| eni.progress < Progress::Settled && eni.leaving.is_none();
+        let unfinished: Vec<_> = self.ledger.enis.values().filter(unfinished).cloned().collect();
+        if creations.is_empty() && unfinished.is_empty() {
+            return;
+        }
+        let Some(node) = self.ledger.node.clone() else { return };
         if !creations.is_empty() {
             // Without the CIDR of its subnet a new ENI cannot be used.
             self.subnets_awaited(now, out);
@@ -40,8 +46,6 @@ impl Pool {
         for creation in creations {
             self.create(&node, creation, now, out);
         }
-        let unfinished = |eni: &&crate::ledger::EniRecord| eni.progress < Progress::Settled && eni.leaving.is_none();
-        let unfinished: Vec<_> = self.ledger.enis.values().filter(unfinished).cloned().collect();
         for eni in unfinished {
             let busy = self.under_way(|op| op.changes() == Some(&eni.id));
             // An ENI found attached after a restart is settled once EC2 has said how it is attached.
@@ -49,7 +53,7 @@ impl Pool {
                 continue;
             }
             match (eni.progress, eni.attachment) {
-                (Progress::Created, _) if self.full_without(&eni.id) => {
+                (Progress::Created, _) if self.full_without(&eni.id, now) => {
                     if !self.may_give_back() || !self.may_call("DeleteNetworkInterface", now) {
                         continue;
                     }
@@ -70,22 +74,21 @@ impl Pool {
                 (_, None) => self.verify_due = true,
             }
         }
-        self.follow_groups(now, out);
     }
 
     /// ENIs we made have the security groups that new ones would get; those of others are theirs.
     fn follow_groups(&mut self, now: Time, out: &mut Out) {
-        let Some(groups) = self.wanted_groups().filter(|_| self.may_change()) else { return };
-        let wanted: BTreeSet<_> = groups.iter().cloned().collect();
-        let differs = |eni: &&crate::ledger::EniRecord| {
-            let known: BTreeSet<_> = eni.security_groups.iter().cloned().collect();
-            eni.created
-                && eni.progress == Progress::Settled
-                && eni.leaving.is_none()
-                && !known.is_empty()
-                && known != wanted
+        let Some(groups) = self.wanted_groups() else { return };
+        let differs = |eni: &&EniRecord| {
+            let known = &eni.security_groups;
+            let same = known.len() == groups.len() && known.iter().all(|group| groups.contains(group));
+            eni.created && eni.progress == Progress::Settled && eni.leaving.is_none() && !known.is_empty() && !same
         };
         let others: Vec<EniId> = self.ledger.enis.values().filter(differs).map(|eni| eni.id.clone()).collect();
+        if others.is_empty() {
+            return;
+        }
+        let groups = groups.to_vec();
         for eni in others {
             let busy = self.under_way(|op| op.changes() == Some(&eni)) || self.is_gone(&eni);
             let rests = self.rests(&Subject::Groups(eni.clone())) || self.unmanaged.contains(&eni);
@@ -97,12 +100,12 @@ impl Pool {
     }
 
     /// Groups of the ENIConfig where it names any, else of the primary ENI.
-    fn wanted_groups(&self) -> Option<Vec<SecurityGroupId>> {
+    fn wanted_groups(&self) -> Option<&[SecurityGroupId]> {
         let node = self.ledger.node.as_ref()?;
         let config = self.node_state.eni_config.as_ref().filter(|_| self.settings.custom_networking);
         let configured = config.map(|config| &config.security_groups).filter(|groups| !groups.is_empty());
         let groups = configured.unwrap_or(&node.security_groups);
-        (!groups.is_empty()).then(|| groups.clone())
+        (!groups.is_empty()).then_some(groups.as_slice())
     }
 
     /// Compares the pool with its target and asks EC2 for what is missing.
@@ -124,7 +127,7 @@ impl Pool {
         // Said once per cause: a pool that cannot grow must not be silent, nor repeat itself at every look.
         let stopped = (plan.unmet > 0 && plan.steps.is_empty()).then(|| self.why_no_address(now, now));
         if let Some(failure) = stopped.as_ref().filter(|failure| self.cannot_grow != Some(failure.reason)) {
-            out.note(Note::CannotGrow { why: target.why.clone(), reason: failure.message.clone() });
+            out.note(Note::CannotGrow { why: target.why.to_string(), reason: failure.message.clone() });
         }
         self.cannot_grow = stopped.map(|failure| failure.reason);
         for step in plan.steps {
@@ -133,7 +136,7 @@ impl Pool {
                     if !self.may_call(ASSIGN, now) {
                         break;
                     }
-                    out.note(Note::Grow { why: target.why.clone(), step: format!("assign {want} to {eni}") });
+                    out.note(Note::Grow { why: target.why.to_string(), step: format!("assign {want} to {eni}") });
                     let request = CloudRequest::Assign { eni: eni.clone(), want };
                     self.start(Op::Assign { eni, want }, request, now, out);
                 }
@@ -145,7 +148,7 @@ impl Pool {
                     }
                     let Some(node) = self.ledger.node.clone() else { return };
                     out.note(Note::Grow {
-                        why: target.why.clone(),
+                        why: target.why.to_string(),
                         step: format!("create an ENI in {subnet} with {want}"),
                     });
                     self.tokens += 1;
@@ -164,7 +167,8 @@ impl Pool {
         let unread = self.live.values().any(|live| live.read_due);
         let asking = unread || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
         let reading = self.setbacks.get(&Subject::Action(DESCRIBE.to_owned()));
-        let unreadable = reading.is_some_and(|setback| setback.failures >= UNREADABLE_AFTER);
+        let refused = |setback: &Setback| matches!(setback.kind, K::Throttled | K::Denied);
+        let unreadable = reading.is_some_and(|setback| refused(setback) && setback.failures >= UNREADABLE_AFTER);
         let waited_for = !self.waiting.is_empty();
         let read = !self.verify_due && !asking;
         let wanted = !self.winding_down() || waited_for;
@@ -203,10 +207,18 @@ impl Pool {
             tags.insert(TAG_CLUSTER.to_owned(), cluster.clone());
             tags.insert(TAG_OWNER.0.to_owned(), TAG_OWNER.1.to_owned());
         }
-        Creation { token, subnet, want, security_groups: self.wanted_groups().unwrap_or_default(), tags, since: now }
+        Creation {
+            token,
+            subnet,
+            want,
+            security_groups: self.wanted_groups().unwrap_or_default().to_vec(),
+            tags,
+            since: now,
+        }
     }
 
-    pub(super) fn target(&self, now: Time) -> Option<Target> {
+    /// What is still wanted; `None` until the node's limits are known.
+    pub fn target(&self, now: Time) -> Option<Target> {
         Some(target::target(self.settings.policy, &self.frame()?, &self.counts(now)))
     }
 
@@ -269,9 +281,10 @@ impl Pool {
                 }
             }
         }
-        // An ENI on its way may turn out stuck; a cool-down ends.
-        let on_its_way = self.live.values().any(|live| !live.programmed);
-        let until = if on_its_way { now } else { self.next_cooled(now).unwrap_or(Time(u64::MAX)) };
+        // A cool-down ends; an ENI on its way may turn out stuck.
+        let on_its_way =
+            self.live.values().filter(|live| !live.programmed).map(|live| live.since.plus_ms(STUCK_ENI_MS + 1));
+        let until = on_its_way.filter(|at| *at > now).chain(self.next_cooled(now)).min().unwrap_or(Time(u64::MAX));
         self.counted.set(Some((self.version, until, counts)));
         counts
     }
@@ -296,7 +309,8 @@ impl Pool {
             let refused = rests || denied || self.is_stuck(&eni.id, now);
             // What came of its last call is not known yet: asked again it might be given twice.
             let unread = live.read_due || self.under_way(|op| matches!(op, Op::ReadBack(id) if *id == eni.id));
-            let waits = busy || unread || throttled || self.is_being_sounded(&eni.subnet) || eni.progress == Progress::Created;
+            let waits =
+                busy || unread || throttled || self.is_being_sounded(&eni.subnet) || eni.progress == Progress::Created;
             let singles_only = self.rests(&Subject::EniPrefixes(eni.id.clone()));
             if waits && !refused {
                 let size = if singles_only { 1 } else { frame.slot_size() };
@@ -354,14 +368,22 @@ impl Pool {
 
     /// ENIs that could still be created.
     pub(super) fn eni_room(&self, now: Time) -> u32 {
-        let detached = |eni: &crate::ledger::EniRecord| eni.leaving.is_some() && eni.progress == Progress::Created;
-        // One that EC2 does not show takes its place until that is believed: a reading may be older than the ENI.
-        let gone =
-            |eni: &EniId| self.ledger.enis_unseen.get(eni).is_some_and(|at| now.since_ms(*at) >= BELIEVED_AFTER_MS);
-        let here = self.ledger.enis.values().filter(|eni| !gone(&eni.id) && !detached(eni)).count();
+        // A detachment takes EC2 a while after it has said yes; what only its deletion is refused for is off.
+        let detached = |eni: &EniRecord| {
+            let refused = self.setbacks.get(&Subject::Eni(eni.id.clone())).map(|setback| setback.kind);
+            let is_off = refused.is_some_and(|kind| !matches!(kind, K::Busy | K::Throttled));
+            eni.leaving.is_some() && eni.progress == Progress::Created && is_off
+        };
+        let here =
+            self.ledger.enis.values().filter(|eni| !self.is_believed_gone(&eni.id, now) && !detached(eni)).count();
         let trunk = usize::from(self.settings.trunk_reserve && self.limits.as_ref().is_some_and(|l| l.prefixes));
         let taken = here + self.ledger.creations.len() + self.foreign.len().max(trunk);
         self.max_enis().saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX))
+    }
+
+    /// One that EC2 does not show takes its place until that is believed: a reading may be older than the ENI.
+    fn is_believed_gone(&self, eni: &EniId, now: Time) -> bool {
+        self.ledger.enis_unseen.get(eni).is_some_and(|at| now.since_ms(*at) >= BELIEVED_AFTER_MS)
     }
 
     pub(super) fn max_enis(&self) -> u32 {
@@ -371,10 +393,11 @@ impl Pool {
     }
 
     /// The instance carries as many ENIs as it may, this unattached one not counted: it has no future.
-    fn full_without(&self, eni: &EniId) -> bool {
-        let attached = |e: &&crate::ledger::EniRecord| e.id != *eni && e.progress >= Progress::Attached;
+    fn full_without(&self, eni: &EniId, now: Time) -> bool {
+        let attached =
+            |e: &&EniRecord| e.id != *eni && e.progress >= Progress::Attached && !self.is_believed_gone(&e.id, now);
         let taken = self.ledger.enis.values().filter(attached).count() + self.foreign.len();
-        self.learned_max_enis.is_some() && u32::try_from(taken).is_ok_and(|taken| taken >= self.max_enis())
+        self.limits.is_some() && u32::try_from(taken).is_ok_and(|taken| taken >= self.max_enis())
     }
 
     /// Something under way will bring addresses, or the next settle will start it.

@@ -81,6 +81,7 @@ impl Pool {
         // Somebody may have asked for another look while this one was under way.
         let at = now.plus_ms(wait);
         self.kernel.recheck_at = Some(self.kernel.recheck_at.map_or(at, |asked| asked.min(at)));
+        self.version += u64::from(self.kernel.report.missing_links != report.missing_links);
         self.kernel.report = KernelReport { repaired: Vec::new(), ..report.clone() };
         for text in report.repaired {
             if stood_already {

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use super::grow::{TAG_CLUSTER, TAG_INSTANCE};
+use super::grow::{DESCRIBE, TAG_CLUSTER, TAG_INSTANCE};
 use super::setback::Subject;
 use super::{Note, Op, Out, Pool};
 use crate::ids::{EniId, Time};
@@ -23,6 +23,8 @@ const LOOK_EVERY_MS: u64 = 3_600_000;
 const GRACE_MS: u64 = 600_000;
 /// A mark this old is of a node that is gone itself.
 const STALE_MARK_MS: u64 = 7_200_000;
+/// Until the next try when readings are to be spared.
+const PUT_OFF_MS: u64 = 10_000;
 /// ENIs one node deletes in one round.
 const MAX_COLLECTED: usize = 5;
 
@@ -47,7 +49,9 @@ impl Pool {
             self.leaks.next_at = None;
             return;
         }
-        let Some(node) = self.ledger.node.clone() else { return };
+        if self.ledger.node.is_none() {
+            return;
+        }
         let next_at = match self.leaks.next_at {
             Some(at) => at,
             None => {
@@ -55,9 +59,11 @@ impl Pool {
                 *self.leaks.next_at.insert(first)
             }
         };
-        if self.under_way(|op| matches!(op, Op::Leaks | Op::Mark(_) | Op::Collect(_))) {
+        let idle = next_at > now && self.leaks.to_delete.is_empty() && self.leaks.to_mark.is_empty();
+        if idle || self.under_way(|op| matches!(op, Op::Leaks | Op::Mark(_) | Op::Collect(_))) {
             return;
         }
+        let Some(node) = self.ledger.node.clone() else { return };
         if let Some(eni) = self.leaks.to_delete.last().cloned().filter(|_| self.may_call("DeleteNetworkInterface", now))
         {
             self.leaks.to_delete.pop();
@@ -67,7 +73,10 @@ impl Pool {
             let mark = format!("{} {}", node.instance, now.0 / 1_000);
             let tags = BTreeMap::from([(TAG_COLLECTOR.to_owned(), mark)]);
             self.start(Op::Mark(eni.clone()), CloudRequest::TagEni { eni, tags }, now, out);
-        } else if next_at <= now && self.may_call("DescribeNetworkInterfaces", now) {
+        } else if next_at <= now && !self.may_call(DESCRIBE, now) {
+            // Others come first, and none of this is urgent.
+            self.leaks.next_at = Some(now.plus_ms(PUT_OFF_MS));
+        } else if next_at <= now {
             self.leaks.next_at = Some(now.plus_ms(LOOK_EVERY_MS + self.random() % LOOK_EVERY_MS));
             let tags = match &self.settings.cluster_name {
                 Some(cluster) => BTreeMap::from([(TAG_CLUSTER.to_owned(), cluster.clone())]),
@@ -87,7 +96,8 @@ impl Pool {
             // An open creation of ours may be this very ENI: the repeated call will find it.
             let may_be_ours = view.tags.get(TAG_INSTANCE) == Some(&own) && !self.ledger.creations.is_empty();
             let known = self.ledger.enis.contains_key(&view.id) || may_be_ours;
-            if !made_by_an_ipam || known || view.status != EniStatus::Available {
+            let lived_on = view.slots.iter().any(|slot| self.somebody_lives_in(slot));
+            if !made_by_an_ipam || known || lived_on || view.status != EniStatus::Available {
                 continue;
             }
             match view.tags.get(TAG_COLLECTOR).and_then(|mark| parse_mark(mark)) {

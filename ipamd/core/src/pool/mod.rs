@@ -462,8 +462,7 @@ impl Pool {
         let metadata = metadata.map(|at| (at, "the instance metadata is read again"));
         let release = self.release_at.map(|at| (at, "what is idle may be given back"));
         let collecting = self.under_way(|op| matches!(op, Op::Leaks | Op::Mark(_) | Op::Collect(_)));
-        let reading = setback::Subject::Action("DescribeNetworkInterfaces".to_owned());
-        let leaks = self.leaks.next_at().filter(|_| !collecting && !self.rests(&reading));
+        let leaks = self.leaks.next_at().filter(|_| !collecting);
         let leaks = leaks.map(|at| (at, "leaked ENIs are looked for"));
         let audit =
             self.audits.iter().map(|(_, at)| (at.plus_ms(AUDIT_PATIENCE_MS), "an audit has waited enough")).min();

@@ -82,13 +82,13 @@ impl Pool {
         }
         let eni = match &chosen {
             Release::Slots { eni, slots } => {
-                out.note(Note::Release { why: target.why, eni: eni.clone(), slots: slots.clone() });
+                out.note(Note::Release { why: target.why.to_string(), eni: eni.clone(), slots: slots.clone() });
                 self.record(Record::Releasing { eni: eni.clone(), slots: slots.clone() }, out);
                 eni.clone()
             }
             Release::Eni(eni) => {
                 let slots = self.ledger.slots.get(eni).cloned().unwrap_or_default();
-                out.note(Note::Release { why: target.why, eni: eni.clone(), slots });
+                out.note(Note::Release { why: target.why.to_string(), eni: eni.clone(), slots });
                 if let Some(record) = self.ledger.enis.get(eni).cloned() {
                     self.record(Record::Eni(EniRecord { leaving: Some(now), ..record }), out);
                 }

@@ -85,7 +85,7 @@ impl Pool {
             let out_of_patience = waiter.deadline <= now;
             let freed = &self.ledger.freed;
             let occupancy = |address: &IpAddr| match self.cooling_since(address, now) {
-                _ if used.contains(address) => Occupancy::Used,
+                _ if used.contains(address) || self.is_unlooked(address) => Occupancy::Used,
                 Some(freed_at) => Occupancy::Cooling(freed_at),
                 None => Occupancy::Free,
             };
@@ -126,6 +126,16 @@ impl Pool {
         for waiter in gone {
             self.refuse(waiter, now, out);
         }
+        if !self.waiting.is_empty() && self.ledger.freed.keys().any(|address| self.is_unlooked(address)) {
+            self.kernel.recheck_at = Some(now);
+        }
+    }
+
+    /// Freed since the kernel was last read: its pod may run on, taken for gone. The cool-down outlasts that, except where it
+    /// is short or yields.
+    fn is_unlooked(&self, address: &IpAddr) -> bool {
+        let freed_at = self.ledger.freed.get(address);
+        freed_at.is_some_and(|freed_at| self.kernel.read_at.is_none_or(|read_at| read_at < *freed_at))
     }
 
     fn refuse(&mut self, waiter: Waiter, now: Time, out: &mut Out) {

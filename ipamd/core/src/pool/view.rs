@@ -11,7 +11,7 @@ use crate::ids::{DeviceIndex, EniId, MacAddress, RouteTable, SubnetId, Time};
 use crate::ledger::{Allocation, NodeFacts, Progress};
 use crate::ports::{CloudErrorKind, InstanceLimits};
 use crate::settings::Settings;
-use crate::target::{Counts, Mode, Target, Wanted};
+use crate::target::{Counts, Mode, Wanted};
 
 /// Why a pod has no address. The values of the contract's `Reason`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -79,7 +79,7 @@ pub struct PoolStatus {
     /// Addresses that could be given this moment.
     pub free: u32,
     pub mode: Mode,
-    pub target: Option<Target>,
+    pub target: Option<TargetRow>,
     pub max_enis: u32,
     pub max_addresses: u32,
     pub enis: Vec<EniRow>,
@@ -91,6 +91,13 @@ pub struct PoolStatus {
     pub terminating: bool,
     pub settings: Settings,
     pub now: Time,
+}
+
+/// What is still wanted, and what that follows from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TargetRow {
+    pub wanted: Wanted,
+    pub why: String,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -165,7 +172,7 @@ impl Pool {
             counts,
             free,
             mode: frame.map_or(self.settings.mode, |f| f.mode),
-            target: self.target(now),
+            target: self.target(now).map(|target| TargetRow { wanted: target.wanted, why: target.why.to_string() }),
             max_enis: self.max_enis(),
             max_addresses: frame.map_or(0, |f| f.addresses_per_eni() * self.max_enis()),
             enis,

@@ -5,6 +5,7 @@
 //! burst, r what strangers leave of its refill. The slowest action decides.
 
 mod addon;
+mod calls;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +14,7 @@ use flatwire_core::ids::{InstanceId, SubnetId, Time};
 use flatwire_core::pool::{NodeState, Pool};
 use lab_ec2::{Bucket, Buckets, CallCount, Caller, Ec2, Options, RunInstance};
 
+pub use calls::{Bill, bill};
 pub use table::{SHAPES, Verdict, race_both};
 
 use crate::cloud::Cloud;
@@ -102,10 +104,10 @@ impl Fleet {
 
     /// The least time that the buckets leave room for.
     pub fn floor_ms(&self) -> u64 {
-        let time = |(action, calls): (&str, u32)| {
+        let time = |(action, calls): (String, u64)| {
             let class = if action.starts_with("Describe") { self.buckets.non_mutating } else { self.buckets.mutating };
-            let Bucket { burst, per_second } = self.buckets.actions.get(action).copied().unwrap_or(class);
-            let beyond = (u64::from(calls) * u64::from(self.nodes)).saturating_sub(u64::from(burst));
+            let Bucket { burst, per_second } = self.buckets.actions.get(&action).copied().unwrap_or(class);
+            let beyond = (calls * u64::from(self.nodes)).saturating_sub(u64::from(burst));
             let left_per_ms = u64::from(per_second) * (WHOLE - u64::from(self.others).min(WHOLE));
             (beyond * 1_000 * WHOLE).div_ceil(left_per_ms.max(1))
         };
