@@ -1,6 +1,7 @@
 //! Giving back: what goes, behind which fences, and what a crash, a lost answer or a refusal in between leaves.
 
 use super::*;
+use crate::ledger::{EniRecord, Progress};
 use crate::release::{ENI_IDLE_MS, SLOT_IDLE_MS};
 
 const LONG: u64 = 3 * ENI_IDLE_MS;
@@ -237,6 +238,53 @@ fn leaked_enis_are_marked_first_and_deleted_later_and_only_ours() {
     w.run(3 * 3_600_000);
     let left: Vec<&str> = w.enis.keys().map(EniId::as_str).collect();
     assert_eq!(left, ["eni-primary", "eni-terraform"], "a mark too old to be anybody's is taken over");
+}
+
+#[test]
+fn an_unattached_eni_whose_addresses_a_pod_uses_is_not_collected() {
+    let mut w = World::new("m5.large", &[("CLUSTER_NAME", "c1")], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    let lost = EniView {
+        id: EniId::new("eni-lost").unwrap(),
+        attachment: None,
+        status: EniStatus::Available,
+        description: "aws-K8S-i-1".to_owned(),
+        tags: [("node.k8s.amazonaws.com/instance_id".to_owned(), "i-1".to_owned())].into(),
+        slots: BTreeSet::from(["10.0.7.7/32".parse().unwrap()]),
+        ..w.enis[&EniId::new("eni-primary").unwrap()].clone()
+    };
+    w.enis.insert(lost.id.clone(), lost.clone());
+    w.pod_routes.insert("10.0.7.7".parse().unwrap());
+    w.run(3 * 3_600_000);
+    assert_eq!(w.enis.get(&lost.id), Some(&lost), "neither marked nor deleted");
+    w.pod_routes.clear();
+    w.calls.clear();
+    w.run(5 * 3_600_000);
+    assert!(!w.enis.contains_key(&lost.id));
+}
+
+/// As after an ENI was attached twice over its limit: EC2 says yes to a detachment before it has done it.
+#[test]
+fn an_eni_that_is_being_detached_keeps_its_place_until_it_is_deleted() {
+    let mut w = after_a_burst(&[]);
+    let before = w.pool.eni_room(w.now);
+    let secondary = w.pool.ledger().enis.values().find(|eni| eni.device != DeviceIndex::PRIMARY).unwrap().clone();
+    let (now, mut out) = (w.now, Out::default());
+    let leaving = EniRecord { leaving: Some(now), progress: Progress::Created, ..secondary.clone() };
+    w.pool.record(Record::Eni(leaving), &mut out);
+    assert_eq!(w.pool.eni_room(now), before);
+    let refused = |kind| CloudError {
+        kind,
+        action: "DeleteNetworkInterface".to_owned(),
+        code: String::new(),
+        message: String::new(),
+        request_id: None,
+    };
+    let subject = || setback::Subject::Eni(secondary.id.clone());
+    w.pool.set_back(subject(), String::new(), refused(CloudErrorKind::Busy), now, &mut out);
+    assert_eq!(w.pool.eni_room(now), before, "it is still being detached");
+    w.pool.set_back(subject(), String::new(), refused(CloudErrorKind::Denied), now, &mut out);
+    assert_eq!(w.pool.eni_room(now), before + 1, "it hangs on nothing any more");
 }
 
 #[test]

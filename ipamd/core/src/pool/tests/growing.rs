@@ -582,3 +582,38 @@ fn a_subnet_that_cannot_give_all_is_asked_for_less_and_soon() {
     assert_eq!(asked.get(..3), Some(["4", "2", "1"].as_slice()), "{asked:?}");
     w.added(request);
 }
+
+#[test]
+fn pods_that_wait_do_not_wait_for_readings_that_ec2_keeps_refusing() {
+    let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+    w.step(Event::Tick);
+    let first = w.add(1);
+    w.added(first);
+    w.restart();
+    w.faults.extend((0..500).map(|_| (grow::DESCRIBE, CloudErrorKind::Throttled, "RequestLimitExceeded")));
+    w.step(Event::Tick);
+    let pods: Vec<RequestId> = (2..6).map(|n| w.add(n)).collect();
+    w.run(30_000);
+    for pod in pods {
+        w.added(pod);
+    }
+    w.distinct();
+}
+
+#[test]
+fn an_address_freed_since_the_kernel_was_read_waits_for_the_next_look() {
+    let mut w = World::new("m5.large", &[("IP_COOLDOWN_PERIOD", "0"), ("MAX_ENI", "1")], &["10.0.3.1/32"]);
+    w.faults.extend((0..500).map(|_| ("AssignPrivateIpAddresses", CloudErrorKind::Denied, "UnauthorizedOperation")));
+    w.step(Event::Tick);
+    let first = w.add(1);
+    let held = w.added(first).address;
+    // Its DEL comes although the pod runs on.
+    w.pod_routes.insert(held);
+    w.now = w.now.plus_ms(1_000);
+    w.del(1);
+    let second = w.add(2);
+    assert!(!w.answers.contains_key(&second), "{:?}", w.answers.get(&second));
+    w.pod_routes.clear();
+    w.run(12_000);
+    assert_eq!(w.added(second).address, held);
+}
