@@ -195,13 +195,31 @@ async fn configure(
     if wiring.address.is_ipv6() {
         enable_ipv6(netns, &wiring.pod_if)?;
     }
+    exchange(host, pod, wiring, link.index, pod_link).await
+}
+
+/// The messages behind the one that makes the pair.
+async fn exchange(
+    host: &Netlink,
+    pod: &Netlink,
+    wiring: &PodWiring,
+    link: u32,
+    pod_link: u32,
+) -> Result<(), KernelError> {
     pod.all(pod_side(wiring, pod_link)).await?;
-    let route = Route::to_host(wiring.address).link(link.index);
-    host.all(vec![set_up(link.index, &wiring.host_if), replace_route(&route)]).await?;
+    let route = Route::to_host(wiring.address).link(link);
+    host.all(vec![set_up(link, &wiring.host_if), replace_route(&route)]).await?;
     // The end that came up first, without a carrier, sends nothing until the kernel's link watch has run, up to a second
     // later. Asking for the link makes it run at once (kernels from 6.8 on), so that no first packet is lost.
     pod.one(get_link(&wiring.pod_if)).await?;
     Ok(())
+}
+
+/// The netlink messages of `wire` and nothing else, over connections that stand: the floor that wiring is measured against.
+pub async fn wire_bare(host: &Netlink, pod: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<(), KernelError> {
+    let link = try_create(host, wiring, netns).await?;
+    let pod_link = link.peer.ok_or_else(|| KernelError::NoSuchLink { name: wiring.pod_if.clone() })?;
+    exchange(host, pod, wiring, link.index, pod_link).await
 }
 
 fn pod_side(wiring: &PodWiring, link: u32) -> Vec<RouteRequest> {
