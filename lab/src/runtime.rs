@@ -20,8 +20,8 @@ use crate::node::Node;
 use crate::ns::Place;
 use crate::probe::Reflector;
 
-const CONFLIST: &str = "/etc/cni/net.d/10-aws.conflist";
-const BIN_DIR: &str = "/opt/cni/bin";
+pub(crate) const CONFLIST: &str = "/etc/cni/net.d/10-aws.conflist";
+pub(crate) const BIN_DIR: &str = "/opt/cni/bin";
 const IF_NAME: &str = "eth0";
 const NAMESPACE: &str = "default";
 
@@ -45,16 +45,18 @@ struct Pod {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verb {
+pub(crate) enum Verb {
     Add,
     Del,
+    Version,
 }
 
 impl Verb {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Add => "ADD",
             Self::Del => "DEL",
+            Self::Version => "VERSION",
         }
     }
 }
@@ -145,8 +147,8 @@ async fn chain(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, last:
     let plugins = conflist["plugins"].as_array().cloned().unwrap_or_default();
     let mut result = last.cloned();
     let ordered: Vec<Value> = match verb {
-        Verb::Add => plugins,
         Verb::Del => plugins.into_iter().rev().collect(),
+        Verb::Add | Verb::Version => plugins,
     };
     for mut config in ordered {
         config["cniVersion"] = conflist["cniVersion"].clone();
@@ -169,23 +171,10 @@ async fn call(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, config
     let kind = config["type"].as_str().unwrap_or_default().to_owned();
     let failed =
         |code, message: String| Error::Cni { verb: verb.name(), pod: format!("{}/{pod}", node.name), code, message };
-    let args = format!(
-        "IgnoreUnknown=1;K8S_POD_NAMESPACE={NAMESPACE};K8S_POD_NAME={pod};K8S_POD_INFRA_CONTAINER_ID={id};\
-         K8S_POD_UID={}",
-        uid(id)
-    );
     let mut child = node
         .place()
         .run_in_runtime(|| {
-            Command::new(Path::new(BIN_DIR).join(&kind))
-                .env_clear()
-                .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-                .env("CNI_COMMAND", verb.name())
-                .env("CNI_CONTAINERID", id)
-                .env("CNI_NETNS", netns)
-                .env("CNI_IFNAME", IF_NAME)
-                .env("CNI_PATH", BIN_DIR)
-                .env("CNI_ARGS", &args)
+            Command::from(plugin(Path::new(BIN_DIR), &kind, verb, pod, id, netns))
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
@@ -212,6 +201,33 @@ async fn call(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, config
         (msg, details) => format!("{msg}; {details}"),
     };
     Err(failed(said["code"].as_i64().unwrap_or(-1), message))
+}
+
+/// The call of one plugin as containerd makes it; the configuration is to come by standard input.
+pub(crate) fn plugin(
+    bin_dir: &Path,
+    kind: &str,
+    verb: Verb,
+    pod: &str,
+    id: &str,
+    netns: &Path,
+) -> std::process::Command {
+    let args = format!(
+        "IgnoreUnknown=1;K8S_POD_NAMESPACE={NAMESPACE};K8S_POD_NAME={pod};K8S_POD_INFRA_CONTAINER_ID={id};\
+         K8S_POD_UID={}",
+        uid(id)
+    );
+    let mut command = std::process::Command::new(bin_dir.join(kind));
+    command
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("CNI_COMMAND", verb.name())
+        .env("CNI_CONTAINERID", id)
+        .env("CNI_NETNS", netns)
+        .env("CNI_IFNAME", IF_NAME)
+        .env("CNI_PATH", bin_dir)
+        .env("CNI_ARGS", args);
+    command
 }
 
 fn uid(id: &str) -> String {

@@ -94,7 +94,9 @@ impl Node {
         }
         let net = &self.machine.guest.net;
         let mut batch = Batch::default();
-        batch.new_link("a bridge", LinkBridge::new(BRIDGE).mtu(self.mtu()).build());
+        // With a MAC of its own: it would otherwise take one of its ports', and change with them.
+        let own = mac(8, self.side.into()).0.to_vec();
+        batch.new_link("a bridge", LinkBridge::new(BRIDGE).address(own).mtu(self.mtu()).build());
         net.run(batch).await?;
         net.address(BRIDGE, gateway(self.subnet()?).into()).await?;
         Ok(())
@@ -145,7 +147,10 @@ impl Node {
         for number in &numbers {
             ends.set_link("a pod's end", LinkUnspec::new_with_name(&name("pod", *number)).up().build());
             let link = LinkUnspec::new_with_name(&name("eni", *number)).up();
-            links.set_link("a pod's link", bridge.into_iter().fold(link, |link, bridge| link.controller(bridge)).build());
+            links.set_link(
+                "a pod's link",
+                bridge.into_iter().fold(link, |link, bridge| link.controller(bridge)).build(),
+            );
         }
         there.net.run(ends).await?;
         here.net.run(links).await?;
@@ -184,9 +189,8 @@ impl Node {
     /// the average pod of a node does.
     async fn per_pod_rules(&self) -> Result<()> {
         let net = &self.machine.guest.net;
-        let is_theirs = |rule: &Rule| {
-            [priority::TO_PODS, priority::FROM_PODS].contains(&rule.priority) && rule.fwmark.is_none()
-        };
+        let is_theirs =
+            |rule: &Rule| [priority::TO_PODS, priority::FROM_PODS].contains(&rule.priority) && rule.fwmark.is_none();
         let mut batch = Batch::default();
         for rule in net.rules().await?.iter().filter(|rule| is_theirs(rule)) {
             batch.delete_rule(rule);

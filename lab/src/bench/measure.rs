@@ -50,7 +50,9 @@ impl Spread {
 pub fn pin() -> Result<()> {
     let allowed = sched_getaffinity(Pid::from_raw(0)).doing(|| "read the processors this thread may use".into())?;
     // The last one: interrupts tend to be on the first.
-    let Some(last) = (0..CpuSet::count()).rev().find(|cpu| allowed.is_set(*cpu).unwrap_or(false)) else { return Ok(()) };
+    let Some(last) = (0..CpuSet::count()).rev().find(|cpu| allowed.is_set(*cpu).unwrap_or(false)) else {
+        return Ok(());
+    };
     let mut one = CpuSet::new();
     one.set(last).and_then(|()| sched_setaffinity(Pid::from_raw(0), &one)).doing(|| "stay on one processor".into())
 }
@@ -91,7 +93,9 @@ impl PingPong {
                 false => lost += 1,
             }
             if lost > MOST_LOST {
-                return Err(Error::refused(format!("no answer between the pods: {lost} of {trip} datagrams were lost")));
+                let (from, to) = (&self.near, &self.far);
+                let text = format!("{lost} of {trip} datagrams between {from:?} and {to:?} were lost");
+                return Err(Error::refused(text));
             }
         }
         Ok(Spread::of(times))
@@ -125,10 +129,8 @@ fn arrives(socket: &UdpSocket) -> io::Result<bool> {
 
 /// Bytes per second that so many TCP streams carry from one pod to another, in Gbit/s.
 pub fn throughput(near: &Pod, far: &Pod, streams: usize, time: Duration) -> Result<f64> {
-    let listener = far
-        .place
-        .run(|| TcpListener::bind((far.address, PORT)))?
-        .doing(|| format!("listen on {}", far.address))?;
+    let listener =
+        far.place.run(|| TcpListener::bind((far.address, PORT)))?.doing(|| format!("listen on {}", far.address))?;
     let mut senders = Vec::new();
     let mut receivers = Vec::new();
     for _ in 0..streams {
@@ -139,7 +141,8 @@ pub fn throughput(near: &Pod, far: &Pod, streams: usize, time: Duration) -> Resu
     }
     let start = Instant::now();
     let received = thread::scope(|scope| -> io::Result<u64> {
-        let sending: Vec<_> = senders.into_iter().map(|stream| scope.spawn(move || send(stream, start + time))).collect();
+        let sending: Vec<_> =
+            senders.into_iter().map(|stream| scope.spawn(move || send(stream, start + time))).collect();
         let receiving: Vec<_> = receivers.into_iter().map(|stream| scope.spawn(move || drain(stream))).collect();
         for sender in sending {
             joined(sender)?;
