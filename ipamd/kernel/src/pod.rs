@@ -121,8 +121,14 @@ fn is_broadcast(address: IpAddr) -> bool {
 /// Wires a pod. If any step fails, what was made is removed before the error returns. Needs a tokio runtime with I/O and
 /// time enabled.
 pub async fn wire(wiring: &PodWiring) -> Result<Wired, KernelError> {
-    wiring.check()?;
     let netns = Netns::open(&wiring.netns)?;
+    let pod = Netlink::in_namespace(&netns)?;
+    wire_in(wiring, &netns, &pod).await
+}
+
+/// As `wire`, for a caller who has the pod's namespace open and a connection to it.
+pub async fn wire_in(wiring: &PodWiring, netns: &Netns, pod: &Netlink) -> Result<Wired, KernelError> {
+    wiring.check()?;
     if netns.id()? == Netns::current()?.id()? {
         return Err(KernelError::BadInput {
             what: format!("network namespace {}", wiring.netns.display()),
@@ -130,9 +136,8 @@ pub async fn wire(wiring: &PodWiring) -> Result<Wired, KernelError> {
         });
     }
     let host = Netlink::open()?;
-    let pod = Netlink::in_namespace(&netns)?;
-    let link = create(&host, &pod, wiring, &netns).await?;
-    match configure(&host, &pod, wiring, &netns, &link).await {
+    let link = create(&host, pod, wiring, netns).await?;
+    match configure(&host, pod, wiring, netns, &link).await {
         Ok(()) => Ok(wiring.macs()),
         Err(e) => {
             // With its link go the pod's end, its addresses and every route. The first error is the one to tell.

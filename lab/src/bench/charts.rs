@@ -134,22 +134,22 @@ fn throughput(report: &Report) -> String {
 /// ADD and DEL as bars, each with p50 in full and p99 in pale.
 fn pods(report: &Report) -> String {
     let pods = &report.measured.pods;
-    let burst = format!("{} at once", pods.burst.pods);
-    let mut bars = vec![("ADD alone".to_owned(), pods.add_ms), ("DEL alone".to_owned(), pods.del_ms)];
-    bars.push(("start and end".to_owned(), pods.start_ms));
+    let mut add = vec![("ADD alone".to_owned(), pods.add_ms), ("start and end".to_owned(), pods.start_ms)];
     if let Some(floor) = &pods.floor {
-        bars.push(("floor: netlink".to_owned(), floor.netlink_ms));
-        bars.push(("floor: gRPC".to_owned(), floor.grpc_add_ms));
+        add.push(("floor: netlink".to_owned(), floor.netlink_ms));
+        add.push(("floor: gRPC".to_owned(), floor.grpc_add_ms));
     }
-    let at_once = [(format!("ADD, {burst}"), pods.burst.add_ms), (format!("DEL, {burst}"), pods.burst.del_ms)];
-    let (top, row, left) = (50.0, 28.0, 170.0);
-    let height = top + row * number(bars.len() + at_once.len()) + 120.0;
+    let burst = format!("{} at once", pods.burst.pods);
+    let at_once = vec![(format!("ADD, {burst}"), pods.burst.add_ms), (format!("DEL, {burst}"), pods.burst.del_ms)];
+    // Each group has a scale of its own: an ADD takes milliseconds, a DEL tens of them, a burst hundreds.
+    let groups = [add, vec![("DEL alone".to_owned(), pods.del_ms)], at_once];
+    let (top, row, gap, left) = (50.0, 28.0, 30.0, 170.0);
+    let height = groups.iter().map(|group| row * number(group.len()) + gap).sum::<f64>() + top + 30.0;
     let mut svg = Svg::new(WIDTH, height);
     let title = format!("{}: ADD and DEL in ms, exec to exit; p50, and p99 in pale", pods.plugin);
     svg.text(MARGIN, 28.0, Anchor::Start, 16, INK, &title);
     let mut y = top;
-    for group in [bars.as_slice(), at_once.as_slice()] {
-        // Each group has its own scale: one call takes milliseconds, a burst of them hundreds.
+    for group in &groups {
         let axis = Axis::up_to(group.iter().map(|(_, times)| times.p99));
         let length = |ms: f64| (WIDTH - left - MARGIN) * ms / axis.end();
         let bottom = y + row * number(group.len());
@@ -164,7 +164,7 @@ fn pods(report: &Report) -> String {
             svg.bar(left, y + 5.0, length(times.p50), 18.0, "#1b6ac9");
             y += row;
         }
-        y += 30.0;
+        y += gap;
     }
     caption(&mut svg, report, height - 14.0);
     svg.finish()

@@ -1,6 +1,7 @@
 //! The ways of wiring a node that are compared. Each knows how to prepare a node, how to wire a pod that is measured, and
 //! how to add pods that only fill the node up; nothing here measures.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use flatwire_core::ids::RouteTable;
@@ -156,7 +157,7 @@ impl Node {
         here.net.run(links).await?;
         if self.is_flat() {
             let mut routes = Batch::default();
-            let indexes: std::collections::BTreeMap<String, u32> =
+            let indexes: BTreeMap<String, u32> =
                 here.net.links().await?.into_iter().map(|link| (link.name, link.index)).collect();
             for (number, (address, _)) in self.machine.pod_addresses().iter().enumerate().take(pods).skip(self.pods) {
                 if let Some(index) = indexes.get(&name("eni", number)) {
@@ -234,7 +235,7 @@ impl Node {
             mtu: self.mtu(),
             address: (*address).into(),
             gateway_index: 0,
-            seed: format!("{}", address),
+            seed: address.to_string(),
         };
         wire_bare(&self.machine.guest.net, &pod.net, &wiring, &pod.place.netns()?).await?;
         Ok(*address)

@@ -94,7 +94,7 @@ impl PingPong {
             }
             if lost > MOST_LOST {
                 let (from, to) = (&self.near, &self.far);
-                let text = format!("{lost} of {trip} datagrams between {from:?} and {to:?} were lost");
+                let text = format!("{lost} of {} datagrams between {from:?} and {to:?} were lost", trip + 1);
                 return Err(Error::refused(text));
             }
         }

@@ -44,7 +44,7 @@ pub struct Machine {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ratios {
     pub pods: usize,
-    pub flatwire: Option<f64>,
+    pub flat: Option<f64>,
     pub pod_rules: Option<f64>,
     pub bridge: Option<f64>,
     pub vxlan: Option<f64>,
@@ -61,7 +61,7 @@ impl Report {
         };
         let ratios = Ratios {
             pods,
-            flatwire: worse(Layout::Flat),
+            flat: worse(Layout::Flat),
             pod_rules: worse(Layout::PodRules),
             bridge: worse(Layout::Bridge),
             vxlan: worse(Layout::Vxlan),
@@ -163,10 +163,10 @@ impl Report {
 
     /// The last line.
     pub fn summary(&self) -> String {
-        let Ratios { pods, flatwire, pod_rules, bridge, vxlan, add_over_floor, burst_p99_ms } = &self.ratios;
+        let Ratios { pods, flat, pod_rules, bridge, vxlan, add_over_floor, burst_p99_ms } = &self.ratios;
         let say = |ratio: &Option<f64>| ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
         let burst = self.measured.pods.burst.pods;
-        if flatwire.is_none() {
+        if flat.is_none() {
             let PodsReport { add_ms, del_ms, .. } = &self.measured.pods;
             return format!(
                 "bench: add_p50_ms={:.1} del_p50_ms={:.1} burst{burst}_p99_ms={burst_p99_ms:.0}",
@@ -175,7 +175,7 @@ impl Report {
         }
         format!(
             "bench: p50_{pods}_over_1={} addon={} bridge={} vxlan={} add_over_floor={} burst{burst}_p99_ms={burst_p99_ms:.0}",
-            say(flatwire),
+            say(flat),
             say(pod_rules),
             say(bridge),
             say(vxlan),

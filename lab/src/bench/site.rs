@@ -1,6 +1,6 @@
 //! Machines for measuring the path: an account of its own, the lab's fabric, and bare nodes on it. No daemon and no pod.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use flatwire_core::ids::{DeviceIndex, InstanceId, MacAddress, RouteTable, SubnetId};
@@ -109,7 +109,7 @@ impl Machine {
         let mut prefixes_left = pods.div_ceil(PODS_PER_PREFIX);
         let enis = (self.secondary.iter().zip(1u32..))
             .map(|(eni, number)| {
-                let sources: std::collections::BTreeSet<IpNet> =
+                let sources: BTreeSet<IpNet> =
                     eni.prefixes.iter().take(prefixes_left).map(|prefix| IpNet::V4(*prefix)).collect();
                 prefixes_left -= sources.len();
                 EniPlan {
