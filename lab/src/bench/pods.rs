@@ -2,13 +2,14 @@
 //! that no plugin can get under.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, Write as _};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{UsageWho, getrusage};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -126,32 +127,43 @@ impl Caller<'_> {
         if !sandbox.result.is_null() {
             config["prevResult"] = sandbox.result.clone();
         }
-        let input = config.to_string();
         let kind = plugin["type"].as_str().unwrap_or_default();
         let pod = sandbox.path.file_name().unwrap_or_default().to_string_lossy();
         let mut command = runtime::plugin(&self.chain.bin_dir, kind, verb, &pod, &sandbox.id, &sandbox.path);
-        let (output, took) = self
-            .node
-            .run(|| -> std::io::Result<_> {
-                let start = Instant::now();
-                let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-                if let Some(mut stdin) = child.stdin.take() {
-                    // A plugin that ends without reading has its say on standard output.
-                    let _ = stdin.write_all(input.as_bytes());
-                }
-                let output = child.wait_with_output()?;
-                Ok((output, start.elapsed()))
-            })?
-            .doing(|| format!("run the plugin {kind} from {}", self.chain.bin_dir.display()))?;
-        let said: Value = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
-        if output.status.success() {
+        let exchange = || -> std::io::Result<_> {
+            // Files in memory, where a runtime has pipes: nobody has to be woken but for the end.
+            let (mut given, mut out, mut err) = (in_memory()?, in_memory()?, in_memory()?);
+            given.write_all(config.to_string().as_bytes())?;
+            given.rewind()?;
+            command.stdin(given).stdout(out.try_clone()?).stderr(err.try_clone()?);
+            let start = Instant::now();
+            let status = command.spawn()?.wait()?;
+            let took = start.elapsed();
+            Ok((status, took, [all_of(&mut out)?, all_of(&mut err)?]))
+        };
+        let ran = self.node.run(exchange)?;
+        let (status, took, [stdout, stderr]) =
+            ran.doing(|| format!("run the plugin {kind} from {}", self.chain.bin_dir.display()))?;
+        let said: Value = serde_json::from_str(&stdout).unwrap_or(Value::Null);
+        if status.success() {
             return Ok((said, took));
         }
-        let words = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).trim().to_owned());
+        let words = [stdout, stderr].map(|text| text.trim().to_owned());
         let message = said["msg"].as_str().map_or_else(|| words.join(" "), str::to_owned);
         let code = said["code"].as_i64().unwrap_or(-1);
         Err(Error::Cni { verb: verb.name(), pod: pod.into_owned(), code, message })
     }
+}
+
+fn in_memory() -> std::io::Result<File> {
+    Ok(memfd_create("call", MFdFlags::MFD_CLOEXEC)?.into())
+}
+
+fn all_of(file: &mut File) -> std::io::Result<String> {
+    file.rewind()?;
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Measures ADD and DEL on a node. With a floor, it is measured in turns with the ADDs. What was wired stays wired in the
