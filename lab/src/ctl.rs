@@ -242,6 +242,8 @@ pub struct Drops {
     pub unassigned: u64,
     /// Bound for the internet from an address without a public one.
     pub no_public: u64,
+    /// No rule of the ENI's security groups allows it.
+    pub denied: u64,
 }
 
 /// How another process steps into a place: descriptors of the world's process.

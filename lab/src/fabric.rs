@@ -16,6 +16,7 @@ use lab_ec2::{EniInfo, InstanceState, View};
 
 use crate::error::{Error, Result};
 use crate::firewall::{self, Firewall};
+use crate::guard::Guard;
 use crate::ns::{Place, sysctl};
 
 /// Inside a VPC packets may be this large; on the way to the internet only `EDGE_MTU`.
@@ -155,6 +156,9 @@ fn connect(plan: &mut Plan, view: &View, eni: &EniInfo) {
     if eni.source_dest_check {
         router.firewall.checked.insert(port_link(&eni.id), eni.id.to_string());
     }
+    if let Some(guard) = Guard::of(view, eni) {
+        router.firewall.guards.insert(port_link(&eni.id), guard);
+    }
     if router.edge {
         router.firewall.public.extend(&eni.public);
     }
@@ -282,7 +286,7 @@ impl Fabric {
         errors
     }
 
-    /// Packets dropped so far, by ENI id, peer, `unassigned` and `no-public`.
+    /// Packets dropped so far, by ENI id, peer, `unassigned`, `no-public` and `denied`.
     pub fn drops(&self, vpc: &VpcId) -> Result<BTreeMap<String, u64>> {
         let Some(router) = self.routers.get(vpc) else { return Ok(BTreeMap::new()) };
         let mut total = router.counted.clone();

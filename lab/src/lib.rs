@@ -13,6 +13,7 @@ pub mod demo;
 pub mod error;
 pub mod fabric;
 mod firewall;
+mod guard;
 mod node;
 pub mod ns;
 pub mod picture;
