@@ -13,6 +13,7 @@ pub mod demo;
 pub mod error;
 pub mod fabric;
 mod firewall;
+pub mod matrix;
 mod node;
 pub mod ns;
 pub mod picture;

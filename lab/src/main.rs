@@ -12,6 +12,7 @@ use lab::client;
 use lab::ctl::{Control, DaemonAction, Info, NodeSpec, PodInfo, Probe, Request, Spec, Status};
 use lab::demo::Demo;
 use lab::error::{Result, chain};
+use lab::matrix::{Matrix, Mode};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
@@ -70,6 +71,19 @@ enum Verb {
         /// Name of the lab it runs in.
         #[arg(long, default_value = "demo")]
         name: String,
+    },
+    /// Rules of the shapes kube-proxy makes on two nodes, traffic through all of them, and whom each far side saw.
+    Matrix {
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "legacy,nft,nftables")]
+        modes: Vec<Mode>,
+        #[arg(long, env = "FLATWIRE_BIN_DIR")]
+        bin_dir: Option<PathBuf>,
+        /// Name of the lab it runs in.
+        #[arg(long, default_value = "matrix")]
+        name: String,
+        /// A variable for every ipamd, as NAME=VALUE.
+        #[arg(long = "env", value_parser = variable)]
+        env: Vec<(String, String)>,
     },
     /// End a lab.
     Down {
@@ -258,6 +272,11 @@ fn run(verb: Verb) -> Result<u8> {
         }
         Verb::Demo { pods, nodes, bin_dir, name } => {
             let good = lab::demo::run(&Demo { pods, nodes, bin_dir, name })?;
+            return Ok(u8::from(!good));
+        }
+        Verb::Matrix { modes, bin_dir, name, env } => {
+            let env = env.into_iter().collect();
+            let good = lab::matrix::run(&Matrix { modes, bin_dir, name, env })?;
             return Ok(u8::from(!good));
         }
         Verb::Down { lab } => down(&lab)?,

@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::IpAddr;
 
 use flatwire_core::ids::{EniId, MacAddress, RouteTable};
-use flatwire_core::netplan::{ENI_MARK_MASK, EniPlan, NodePlan, PRIMARY_MARK, priority};
+use flatwire_core::netplan::{EniPlan, Marks, NodePlan, priority};
 use flatwire_core::ports::{Kernel, KernelReport, PodsSeen};
 use ipnet::{IpNet, Ipv4Net};
 use tokio::sync::Mutex;
@@ -215,8 +215,11 @@ fn check(plan: &NodePlan) -> Result<(), KernelError> {
         return bad("veth prefix \"\"".to_owned(), "every link would be a pod's");
     }
     let (mut marks, mut tables) = (BTreeSet::new(), BTreeSet::new());
+    if plan.marks.primary == 0 || plan.marks.primary & plan.marks.eni_mask != 0 {
+        return bad(format!("mark {:#x} of the primary ENI", plan.marks.primary), "it is not its alone");
+    }
     for eni in &plan.enis {
-        if eni.mark == 0 || eni.mark & !ENI_MARK_MASK != 0 || !marks.insert(eni.mark) {
+        if eni.mark == 0 || eni.mark & !plan.marks.eni_mask != 0 || !marks.insert(eni.mark) {
             return bad(format!("mark {:#x} of {}", eni.mark, eni.id), "it is not one ENI's alone under the mask");
         }
         // 0 unspecified, 253 default, 254 main, 255 local.
@@ -241,16 +244,19 @@ impl Run<'_> {
                 self.programmed_since(before, &plan.primary.id);
             }
         }
-        let node_rules = vec![
+        let marks = plan.marks;
+        let mut node_rules = vec![
             Rule::lookup(priority::TO_PODS, RouteTable::MAIN.0)
                 .suppress_prefixlength(SHORTER_THAN_HOST)
                 .suppress_group(DEFAULT_GROUP),
-            Rule::lookup(priority::TO_PRIMARY, RouteTable::MAIN.0).fwmark(PRIMARY_MARK, PRIMARY_MARK),
+            Rule::lookup(priority::TO_PRIMARY, RouteTable::MAIN.0).fwmark(marks.primary, marks.primary),
         ];
+        let to_main = |cidr: &Ipv4Net| Rule::lookup(priority::TO_EXTERNAL, RouteTable::MAIN.0).to(IpNet::V4(*cidr));
+        node_rules.extend(plan.external_services.iter().map(to_main));
         self.rules(&node_rules).await;
         let (mut wanted_rules, mut wanted_routes) = (node_rules, Vec::new());
         for eni in &plan.enis {
-            let rules = eni_rules(eni);
+            let rules = eni_rules(eni, marks);
             wanted_rules.extend(rules.iter().cloned());
             let Some(link) = self.link_of(eni.mac) else {
                 self.report.missing_links.insert(eni.id.clone());
@@ -375,7 +381,8 @@ impl Run<'_> {
 
     async fn ruleset(&mut self, plan: &NodePlan, primary: &str, memory: &mut Memory) -> Result<(), KernelError> {
         let nft = &self.kernel.nft;
-        let table = ruleset::table(plan, primary);
+        let links: Vec<_> = plan.enis.iter().filter_map(|eni| Some((self.link_of(eni.mac)?.name, eni))).collect();
+        let table = ruleset::table(plan, primary, &links);
         let digest = table.digest();
         let sentence = match &mut memory.ruleset {
             Some((known, fingerprint)) if *known == digest => {
@@ -470,9 +477,9 @@ fn eni_routes(link: &Link, eni: &EniPlan) -> Vec<Route> {
     routes.into_iter().map(|route| route.table(eni.table.0).link(link.index)).collect()
 }
 
-fn eni_rules(eni: &EniPlan) -> Vec<Rule> {
+fn eni_rules(eni: &EniPlan, marks: Marks) -> Vec<Rule> {
     vec![
-        Rule::lookup(priority::FROM_PODS, eni.table.0).fwmark(eni.mark, ENI_MARK_MASK),
+        Rule::lookup(priority::FROM_PODS, eni.table.0).fwmark(eni.mark, marks.eni_mask),
         Rule::lookup(priority::FROM_ENI, eni.table.0).from(IpNet::from(IpAddr::V4(eni.address))),
     ]
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{add_netns, await_carrier, exchange, in_testbed, sh, udp_in, v4};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
 use flatwire_core::ports::Kernel;
 use flatwire_kernel::nft::{Chain, Family, Hook, Map, Nft, Ports, Rule, Set, Table};
 use flatwire_kernel::{NodeKernel, Route};
@@ -22,7 +22,12 @@ fn plan(enis: Vec<EniPlan>) -> NodePlan {
         },
         enis,
         veth_prefix: "eni".to_owned(),
-        no_snat: vec!["10.0.0.0/16".parse().expect("a net"), "100.64.0.0/10".parse().expect("a net")],
+        vpc: vec!["10.0.0.0/16".parse().expect("a net")],
+        exclude_snat: vec!["100.64.0.0/10".parse().expect("a net")],
+        external_services: Vec::new(),
+        marks: Marks::default(),
+        path_mtus: PathMtus::default(),
+        block_imds: false,
         snat: Snat::ToPrimary(PortChoice::FullyRandom),
         node_port: true,
         mtu: 1500,
@@ -84,7 +89,7 @@ fn the_nodes_table_is_the_golden_one() {
         }),
         ("exclude-all", |plan| {
             plan.snat = Snat::ToPrimary(PortChoice::Keep);
-            plan.no_snat = vec!["0.0.0.0/0".parse().expect("a net")];
+            plan.exclude_snat = vec!["0.0.0.0/0".parse().expect("a net")];
             plan.enis.clear();
         }),
     ];

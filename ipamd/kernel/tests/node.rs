@@ -12,7 +12,7 @@ use std::net::UdpSocket;
 
 use common::{add_netns, await_carrier, exchange, in_testbed, ip, sh, udp, udp_in, v4};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
 use flatwire_core::ports::Kernel;
 use flatwire_kernel::pod::{PodWiring, host_if_name, unwire, wire};
 use flatwire_kernel::{Netns, NodeKernel};
@@ -66,7 +66,12 @@ fn plan() -> NodePlan {
             sources: ["10.0.1.21/32", "10.0.1.32/28"].into_iter().map(|s| s.parse().expect("a net")).collect(),
         }],
         veth_prefix: "eni".to_owned(),
-        no_snat: vec!["10.0.0.0/16".parse().expect("a net"), "192.168.0.0/24".parse().expect("a net")],
+        vpc: vec!["10.0.0.0/16".parse().expect("a net")],
+        exclude_snat: vec!["192.168.0.0/24".parse().expect("a net")],
+        external_services: Vec::new(),
+        marks: Marks::default(),
+        path_mtus: PathMtus::default(),
+        block_imds: false,
         snat: Snat::ToPrimary(PortChoice::FullyRandom),
         node_port: true,
         mtu: 9001,
@@ -281,7 +286,8 @@ fn a_link_that_comes_late_is_named_and_then_programmed() {
         // Gone again: it is named, and what stands of it is not torn down.
         sh("ip link del ens7");
         let report = kernel.apply(&plan()).await.unwrap();
-        assert_eq!((report.missing_links.len(), report.repaired), (1, vec![]));
+        assert_eq!(report.missing_links.len(), 1);
+        assert_eq!(report.repaired, ["nftables table flatwire written"], "nothing comes in by it any more");
         assert_eq!(ip("rule show pref 1536").len(), 1);
     });
 }

@@ -123,18 +123,19 @@ impl Pool {
             address: eni.primary_ipv4,
             subnet: eni.subnet_cidr,
             table: eni.table(),
-            mark: eni.device.0 + 1,
+            mark: self.settings.marks.of_eni(eni.device.0 + 1),
             sources: self.sources(&eni.id),
         });
-        let mut no_snat = node.vpc_cidrs.clone();
-        no_snat.extend(self.settings.exclude_snat.iter().copied());
-        no_snat.sort();
-        no_snat.dedup();
         Some(NodePlan {
             primary: PrimaryPlan { id: primary.id.clone(), mac: primary.mac, address: primary.primary_ipv4 },
             enis: enis.collect(),
             veth_prefix: self.settings.veth_prefix.clone(),
-            no_snat,
+            vpc: node.vpc_cidrs.clone(),
+            exclude_snat: self.settings.exclude_snat.clone(),
+            external_services: self.settings.external_services.clone(),
+            marks: self.settings.marks,
+            path_mtus: self.settings.path_mtus,
+            block_imds: self.settings.block_imds,
             snat: self.settings.snat,
             node_port: self.settings.node_port,
             mtu: self.settings.mtu,
