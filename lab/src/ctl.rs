@@ -118,6 +118,17 @@ pub enum Request {
         node: String,
         name: String,
     },
+    /// With what the kubelet tells plugins that declare a capability: portMappings, bandwidth.
+    PodAddWith {
+        node: String,
+        name: String,
+        capabilities: BTreeMap<String, serde_json::Value>,
+    },
+    /// CHECK by every plugin of the pod's chain.
+    PodCheck {
+        node: String,
+        name: String,
+    },
     PodDel {
         node: String,
         name: String,

@@ -414,7 +414,11 @@ impl World {
                 json(())
             }
             Request::Daemon { node, action } => json(self.daemon(&node, action).await?),
-            Request::PodAdd { node, name } => json(runtime::add(&*self.node(&node)?, &name).await?),
+            Request::PodAdd { node, name } => json(runtime::add(&*self.node(&node)?, &name, BTreeMap::new()).await?),
+            Request::PodAddWith { node, name, capabilities } => {
+                json(runtime::add(&*self.node(&node)?, &name, capabilities).await?)
+            }
+            Request::PodCheck { node, name } => json(runtime::check(&*self.node(&node)?, &name).await?),
             Request::PodDel { node, name } => json(runtime::del(&*self.node(&node)?, &name).await?),
             Request::Pods => json(self.pods()),
             Request::Probe { from, to } => json(self.probe(&from, &to).await?),

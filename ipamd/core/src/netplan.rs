@@ -27,7 +27,8 @@ pub mod priority {
 
 /// The bits of packets' and connections' marks that are ours.
 ///
-/// What is others' is never touched: 0x4000 and 0x8000 are kube-proxy's, 0xffff0000 is Calico's, 0x0f00 Cilium's.
+/// What is others' is never touched: 0x4000 and 0x8000 are kube-proxy's, 0x2000 is the portmap plugin's, 0xffff0000
+/// Calico's, 0x0f00 Cilium's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Marks {
     /// Steers a packet to the primary ENI; also kept in the connection's mark (AWS_VPC_K8S_CNI_CONNMARK).
@@ -38,7 +39,7 @@ pub struct Marks {
 
 impl Marks {
     /// Bits that no kube-proxy and no usual policy engine uses.
-    pub const FREE: u32 = 0x30ff;
+    pub const FREE: u32 = 0x10ff;
     /// As many as name every ENI of the largest machine.
     const ENI_BITS: u32 = 7;
     /// As few as name every ENI of a network card.
@@ -171,17 +172,17 @@ mod tests {
     #[test]
     fn the_bits_of_enis_stay_clear_of_everybody_elses() {
         let kube_proxy = 0x4000 | 0x8000;
-        let (calico, cilium) = (0xffff_0000, 0x0f00);
+        let (portmap, calico, cilium) = (0x2000, 0xffff_0000, 0x0f00);
         assert_eq!(Marks::new(0x80), Some(Marks::default()));
-        for primary in [0x80, 0x1, 0x10, 0x1000, 0x2000, 0x81, 0x3000] {
+        for primary in [0x80, 0x1, 0x10, 0x1000, 0x81, 0x7] {
             let marks = Marks::new(primary).unwrap();
             assert_eq!(marks.primary, primary);
-            assert_eq!(marks.eni_mask & (primary | kube_proxy | calico | cilium), 0, "{primary:#x}");
+            assert_eq!(marks.eni_mask & (primary | kube_proxy | portmap | calico | cilium), 0, "{primary:#x}");
             let named: BTreeSet<u32> = (1..=16).map(|number| marks.of_eni(number)).collect();
             assert_eq!(named.len(), 16, "{primary:#x}: {named:x?}");
             assert!(named.iter().all(|mark| *mark != 0 && mark & !marks.eni_mask == 0), "{primary:#x}: {named:x?}");
         }
-        for refused in [0, 0x4000, 0x8000, 0x100, 0x1_0000, 0x8000_0080, 0xff, 0x3f] {
+        for refused in [0, 0x2000, 0x4000, 0x8000, 0x100, 0x1_0000, 0x8000_0080, 0xff, 0x3f] {
             assert_eq!(Marks::new(refused), None, "{refused:#x}");
         }
     }

@@ -32,7 +32,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "AWS_VPC_K8S_CNI_CONNMARK",
         "0x80",
-        "mark of what leaves by the primary ENI; bits of 0x30ff, of which 5 stay free",
+        "mark of what leaves by the primary ENI; bits of 0x10ff, of which 5 stay free",
     ),
     ("FLATWIRE_OUTSIDE_MTU", "1500", "largest packet on ways out of the VPC; TCP of pods is held to it (576 to 9001)"),
     ("FLATWIRE_PEERED_MTU", "8500", "the same for private CIDRs that are excluded from translation (576 to 9001)"),
@@ -221,8 +221,8 @@ fn marks<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> Marks {
             None => r.refuse_always(
                 variable,
                 &value,
-                "bits of 0x30ff, of which 5 must stay free for the ENIs; 0x4000 and 0x8000 are kube-proxy's, 0xffff0000 \
-                 Calico's and 0x0f00 Cilium's",
+                "bits of 0x10ff, of which 5 must stay free for the ENIs; 0x4000 and 0x8000 are kube-proxy's, 0x2000 \
+                 portmap's, 0xffff0000 Calico's and 0x0f00 Cilium's",
             ),
         },
     }
@@ -410,7 +410,7 @@ mod tests {
 
     #[test]
     fn a_mark_is_honoured_as_written_and_refused_where_it_is_somebody_elses() {
-        for (value, mark) in [("", 0x80), ("0x80", 0x80), ("128", 0x80), ("0o200", 0x80), ("1", 1), ("0x2000", 0x2000)]
+        for (value, mark) in [("", 0x80), ("0x80", 0x80), ("128", 0x80), ("0o200", 0x80), ("1", 1), ("0x1000", 0x1000)]
         {
             let s = parse(&[("AWS_VPC_K8S_CNI_CONNMARK", value)]).unwrap();
             assert_eq!((s.marks.primary, s.marks.eni_mask & mark), (mark, 0), "{value}");

@@ -95,7 +95,7 @@ pub fn run(matrix: &Matrix) -> Result<bool> {
         for name in NODES {
             lab.run(name, &["bash", "-ec", &mode.remove()])?;
         }
-        say(format!("{}: every way gone", mode.name()));
+        say(format!("{}: every way taken", mode.name()));
     }
     let (good, all) = print(&scene, &columns);
     for text in &skipped {
