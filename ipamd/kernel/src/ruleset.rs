@@ -242,8 +242,8 @@ mod tests {
             without(net.parse().unwrap(), other.parse().unwrap()).iter().map(ToString::to_string).collect()
         };
         assert_eq!(cut("10.0.0.0/14", "10.1.0.0/16"), ["10.0.0.0/16", "10.2.0.0/15"]);
-        assert_eq!(cut("10.0.0.0/16", "10.0.0.0/16"), [] as [&str; 0]);
-        assert_eq!(cut("10.1.0.0/16", "10.0.0.0/8"), [] as [&str; 0]);
+        assert!(cut("10.0.0.0/16", "10.0.0.0/16").is_empty());
+        assert!(cut("10.1.0.0/16", "10.0.0.0/8").is_empty());
         assert_eq!(cut("10.1.0.0/16", "10.2.0.0/16"), ["10.1.0.0/16"]);
     }
 }
