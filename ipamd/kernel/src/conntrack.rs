@@ -97,9 +97,9 @@ impl Conntrack {
     pub async fn forget(&self, addresses: &BTreeSet<IpAddr>) -> Result<usize, KernelError> {
         let mut socket = self.socket.lock().await;
         let mut found: BTreeSet<(u8, Vec<u8>)> = BTreeSet::new();
-        for (family, is_of) in [(AF_INET, IpAddr::is_ipv4 as fn(&IpAddr) -> bool), (AF_INET6, IpAddr::is_ipv6)] {
+        for (family, v6) in [(AF_INET, false), (AF_INET6, true)] {
             let family = u8::try_from(family).expect("invariant: both fit a byte");
-            let these: Vec<IpAddr> = addresses.iter().copied().filter(is_of).collect();
+            let these: Vec<IpAddr> = addresses.iter().copied().filter(|address| address.is_ipv6() == v6).collect();
             let wanted: Vec<Vec<u8>> = match these.len() {
                 0 => continue,
                 1..=ONE_BY_ONE => {

@@ -54,6 +54,9 @@ impl<M> Request<M> {
 /// What became of one request of a batch: the messages that answered it, or the kernel's refusal.
 pub(crate) type Outcome<M> = Result<Vec<M>, KernelError>;
 
+/// A message that was not asked for, not parsed.
+pub(crate) type Told = (NetlinkHeader, Vec<u8>);
+
 /// What netlink-packet-* messages can do.
 pub(crate) trait Message: NetlinkSerializable + NetlinkDeserializable + Debug + Clone {}
 impl<M: NetlinkSerializable + NetlinkDeserializable + Debug + Clone> Message for M {}
@@ -243,7 +246,7 @@ impl Socket {
 
     /// The next thing the kernel told a group, as type and content of its messages; `None` while there is none. What was
     /// told while nobody listened, and did not fit, is an error with ENOBUFS.
-    pub fn heard(&mut self) -> io::Result<Option<Vec<(NetlinkHeader, Vec<u8>)>>> {
+    pub fn heard(&mut self) -> io::Result<Option<Vec<Told>>> {
         match self.receive_now() {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
             Err(e) => Err(e),

@@ -74,21 +74,8 @@ impl Watch {
 
     /// Reads all that has been told so far; true if some of it matters.
     fn drain(&mut self) -> Result<bool, KernelError> {
-        let mut matters = false;
-        for (socket, judge) in [
-            (&mut self.route, route_matters as fn(&NetlinkHeader, &[u8]) -> bool),
-            (&mut self.nftables, nftables_matters),
-        ] {
-            loop {
-                match socket.heard() {
-                    Ok(None) => break,
-                    Ok(Some(messages)) => matters |= messages.iter().any(|(header, content)| judge(header, content)),
-                    Err(e) if e.raw_os_error().map(Errno::from_raw) == Some(Errno::ENOBUFS) => matters = true,
-                    Err(source) => return Err(failed(source)),
-                }
-            }
-        }
-        Ok(matters)
+        let route = drain(&mut self.route, route_matters)?;
+        Ok(drain(&mut self.nftables, nftables_matters)? || route)
     }
 
     async fn readable(&self) -> Result<(), KernelError> {
@@ -99,6 +86,18 @@ impl Watch {
         })
         .await
         .map_err(failed)
+    }
+}
+
+fn drain(socket: &mut Socket, matters: impl Fn(&NetlinkHeader, &[u8]) -> bool) -> Result<bool, KernelError> {
+    let mut some = false;
+    loop {
+        match socket.heard() {
+            Ok(None) => return Ok(some),
+            Ok(Some(messages)) => some |= messages.iter().any(|(header, content)| matters(header, content)),
+            Err(e) if e.raw_os_error().map(Errno::from_raw) == Some(Errno::ENOBUFS) => some = true,
+            Err(source) => return Err(failed(source)),
+        }
     }
 }
 
