@@ -464,8 +464,8 @@ impl Pool {
         let waiter = self.waiting.iter().map(|w| (w.deadline, "a waiting ADD runs out of patience")).min();
         let retry =
             self.setbacks.values().filter(|s| !s.over).map(|s| (s.until, "a refused call is tried again")).min();
-        let kernel =
-            self.kernel.recheck_at.filter(|_| !self.kernel.in_flight && !self.rests(&setback::Subject::Kernel));
+        let may_look = self.kernel.plan.is_some() && !self.kernel.in_flight && !self.rests(&setback::Subject::Kernel);
+        let kernel = self.kernel.recheck_at.filter(|_| may_look);
         let kernel = kernel.map(|at| (at, "the kernel is compared with the plan"));
         let cooling = self.cooled_at.map(|at| (at, "an address has cooled down"));
         let verify = self.verify_at.map(|at| (at, "EC2 is asked again"));

@@ -57,6 +57,14 @@ fn a_change_in_the_kernel_is_looked_at_at_once_and_again_only_when_something_cha
 }
 
 #[test]
+fn before_there_is_a_plan_a_change_in_the_kernel_is_no_reason_for_anything() {
+    let mut world = World::new("m5.large", &[], &["10.0.16.0/28"]);
+    assert!(world.wishes(Event::KernelChanged).is_empty());
+    let deadline = world.pool.poll_deadline();
+    assert!(deadline.is_none_or(|(at, _)| at > world.now), "nothing can be done, and it is due: {deadline:?}");
+}
+
+#[test]
 fn only_what_somebody_undid_is_told_as_a_repair() {
     let mut world = up();
     let (op, plan) = world.wishes(Event::KernelChanged).pop().expect("a look");
