@@ -37,6 +37,10 @@ matrix: need-root build ## Every way of a packet beside kube-proxy's rules, in e
 crash: need-root build ## Kill the daemon at every point where it changes something, on the live lab, and compare what is left
 	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test points -- --nocapture
 
+.PHONY: heal
+heal: build ## Undo what ipamd keeps in a node's kernel, piece by piece under traffic, and measure each gap
+	$(BIN)/lab heal
+
 .PHONY: restart
 restart: need-root build ## How soon a restarted daemon with 250 pods answers its first ADD, with EC2 out of reach
 	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test restart -- --nocapture

@@ -2,7 +2,7 @@
 //! `ipamd/kernel` makes it so; neither does the other's work.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
@@ -115,6 +115,38 @@ pub struct NodePlan {
     pub node_port: bool,
     /// MTU of every ENI, the primary included, in bytes.
     pub mtu: u32,
+    /// What else is to be known at this look. Looks differ in it without the plan being another one.
+    pub look: Look,
+}
+
+/// What changes from look to look.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Look {
+    /// Pods of the ledger: where a pod's link stands without its host route, the route is put back.
+    pub pods: Vec<PodPlan>,
+    /// Addresses that pods have left since the last look: what the kernel remembers of their connections is forgotten,
+    /// so that the next pod does not inherit it.
+    pub left: BTreeSet<IpAddr>,
+    /// Objects that somebody else keeps changing back, as `Repair` names them: not touched this time.
+    pub let_be: BTreeSet<String>,
+}
+
+/// A pod as far as its host route is concerned.
+///
+/// The ledger alone must not make a route: on ADD it is ahead of the kernel (the pod has no link yet, or one of the same
+/// name is its predecessor's), on DEL it is behind (route and link are gone, the release is on its way). So a route is put
+/// back only by a link that is there, up, leads into another namespace, and is this very sandbox's, which its MAC proves.
+/// The route then cannot outlive the sandbox either: it goes with the link, whoever takes that away, and whenever.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodPlan {
+    pub address: IpAddr,
+    /// Name of the host link.
+    pub link: String,
+    /// The host link's MAC, where our plugin made it.
+    pub mac: MacAddress,
+    /// The link's name is proof enough: no other sandbox has it, and this one is long past its ADD. Pods that the add-on
+    /// wired have no MAC of ours.
+    pub settled: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

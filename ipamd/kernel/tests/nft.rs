@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{add_netns, await_carrier, exchange, in_testbed, sh, udp_in, v4};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
 use flatwire_core::ports::Kernel;
 use flatwire_kernel::nft::{Chain, Family, Hook, Map, Nft, Ports, Rule, Set, Table};
 use flatwire_kernel::{NodeKernel, Route};
@@ -31,6 +31,7 @@ fn plan(enis: Vec<EniPlan>) -> NodePlan {
         snat: Snat::ToPrimary(PortChoice::FullyRandom),
         node_port: true,
         mtu: 1500,
+        look: Look::default(),
     }
 }
 

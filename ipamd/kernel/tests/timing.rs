@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use common::{add_netns, in_testbed, sh};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
 use flatwire_core::ports::Kernel;
 use flatwire_kernel::NodeKernel;
 use flatwire_kernel::pod::{Expected, PodUnwiring, PodWiring, check, host_if_name, unwire, wire};
@@ -98,6 +98,7 @@ fn node() {
                 snat: Snat::ToPrimary(PortChoice::FullyRandom),
                 node_port: true,
                 mtu: 1500,
+                look: Look::default(),
             };
             let kernel = NodeKernel::open().unwrap();
             let start = Instant::now();

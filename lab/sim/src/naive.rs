@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use flatwire_core::ids::{DeviceIndex, EniId, PodName, SandboxId, Time};
 use flatwire_core::ledger::{Allocation, EniRecord, LedgerState, NodeFacts, Progress, Record};
 use flatwire_core::limits;
-use flatwire_core::netplan::{EniPlan, NodePlan, PrimaryPlan};
+use flatwire_core::netplan::{EniPlan, Look, NodePlan, PrimaryPlan};
 use flatwire_core::pick;
 use flatwire_core::plan::{self, AtMost, EniRoom, Means, Step, SubnetRoom};
 use flatwire_core::pool::{Answer, Command, Event, Failure, OpId, Reason, RequestId};
@@ -526,6 +526,7 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
             snat: self.settings.snat,
             node_port: self.settings.node_port,
             mtu: self.settings.mtu,
+            look: Look::default(),
         })
     }
 }
