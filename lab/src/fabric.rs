@@ -36,6 +36,9 @@ const TRANSIT: [(Ipv4Addr, MacAddress); 2] = [
     (Ipv4Addr::new(169, 254, 255, 2), MacAddress([0x02, 0, 0, 0, 0xff, 2])),
 ];
 
+/// The protocol number of routes that a DHCP client makes (RTPROT_DHCP).
+const DHCP: u8 = 16;
+
 const EDGE_LINK: &str = "igw";
 const MAIN: u32 = RouteTable::MAIN.0;
 const ANYWHERE: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0);
@@ -498,7 +501,8 @@ impl Router {
             let address = Ipv4Net::new_assert(port.primary, lease.prefix);
             guest.net.set_up(&port.guest_link).await?;
             guest.net.address(&port.guest_link, address.into()).await?;
-            guest.net.route(&port.guest_link, &Route::default_via(lease.gateway.into())).await?;
+            let default = Route::default_via(lease.gateway.into()).protocol(DHCP);
+            guest.net.route(&port.guest_link, &default).await?;
         }
         self.ports.insert(eni.clone(), port.clone());
         Ok(())

@@ -490,7 +490,7 @@ fn pods_are_wired_by_the_nodes_plugin_as_a_runtime_would_call_it() {
     for call in &calls {
         assert_eq!(call[1].len(), 64);
         assert!(call[2].starts_with("/var/run/netns/cni-"));
-        assert_eq!((call[3], call[4]), ("eth0", "/opt/cni/bin"));
+        assert_eq!((call[3], call[4]), ("eth0", "/opt/cni/bin:/usr/lib/cni"));
         for part in ["K8S_POD_NAMESPACE=default", "K8S_POD_UID=", "K8S_POD_INFRA_CONTAINER_ID=", "IgnoreUnknown=1"] {
             assert!(call[5].contains(part), "{}", call[5]);
         }

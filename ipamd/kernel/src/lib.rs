@@ -8,7 +8,9 @@
 //! Nothing here decides what the data path should be; plans and addresses come in as values.
 
 mod address;
+mod apply;
 mod check;
+mod conntrack;
 pub mod error;
 mod link;
 mod netlink;
@@ -21,6 +23,7 @@ mod route;
 mod rule;
 mod ruleset;
 mod sysctl;
+mod watch;
 
 pub use address::LinkAddress;
 pub use error::KernelError;
