@@ -4,6 +4,8 @@ SHELL := /bin/bash
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 BIN := $(TARGET_DIR)/flatwire
+# Linked to a fixed address: ten thousand relocations are half of what starting the plugin costs, for every pod.
+PLUGIN_FLAGS := -C relocation-model=static
 
 .PHONY: help
 help: ## List the commands
@@ -45,6 +47,10 @@ heal: build ## Undo what ipamd keeps in a node's kernel, piece by piece under tr
 restart: need-root build ## How soon a restarted daemon with 250 pods answers its first ADD, with EC2 out of reach
 	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test restart -- --nocapture
 
+.PHONY: bench
+bench: need-root build ## What a packet and a pod cost, beside other layouts and the floor; report and pictures in target/bench
+	$(BIN)/lab bench --out $(TARGET_DIR)/bench
+
 .PHONY: need-root
 need-root:
 	@[ "$$(id -u)" = 0 ] || { echo 'test: network namespaces need root: sudo env "PATH=$$PATH" "HOME=$$HOME" make test' >&2; exit 2; }
@@ -53,7 +59,7 @@ need-root:
 build: deps ## Release binaries, all static, in target/flatwire
 	@echo "build: the EC2 SDK is 1.2 million lines; the first build takes minutes, the next ones seconds"
 	cargo build --release --workspace --bins
-	cargo build --profile plugin -p aws-cni
+	cargo rustc --profile plugin -p aws-cni --bin aws-cni -- $(PLUGIN_FLAGS)
 	@mkdir -p $(BIN)
 	@install -m 0755 $(TARGET_DIR)/$(TRIPLE)/release/{ipamd,lab,lab-ec2} $(TARGET_DIR)/$(TRIPLE)/plugin/aws-cni $(BIN)/
 	@ls -lh $(BIN) | awk 'NR > 1 { printf "  %-8s %s\n", $$5, $$9 }'

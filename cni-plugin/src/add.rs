@@ -16,7 +16,7 @@ use crate::input::Call;
 use crate::log::{Level, Log};
 use crate::pod::{self, Granted};
 use crate::queue::Queue;
-use crate::wiring;
+use crate::wiring::{self, Sandbox};
 
 /// Every interface of the pod together. IPv6 waits for nothing: addresses are set without duplicate detection.
 pub const WIRE: Duration = Duration::from_secs(4);
@@ -30,14 +30,14 @@ pub async fn run(call: &Call, log: &Log) -> Result<Option<Value>, Failure> {
     let prefix = call.conf.veth_prefix()?;
     let mtu = call.conf.mtu()?;
     let previous = call.conf.prev_result()?;
-    wiring::require_sandbox(call)?;
-    wiring::require_free_name(call).await?;
+    let sandbox = Sandbox::open(call)?;
+    sandbox.require_free_name(call).await?;
 
     // Before the question, so that no release of an earlier life of this sandbox can hit the answer: see queue.rs.
     Queue::new(call.conf.release_queue_dir()?).settle(call)?;
     let mut ipamd = Daemon::connect(&call.conf.ipamd_socket()?).await?;
     let reply = ipamd.add(call).await?;
-    match set_up(call, prefix, mtu, &reply).await {
+    match set_up(call, &sandbox, prefix, mtu, &reply).await {
         Ok(granted) => {
             let addresses: Vec<String> = granted.iter().map(|one| one.address.to_string()).collect();
             let links: Vec<&str> = granted.iter().map(|one| one.host_if.as_str()).collect();
@@ -61,6 +61,7 @@ enum Undone {
 
 async fn set_up(
     call: &Call,
+    sandbox: &Sandbox,
     prefix: &str,
     mtu: u32,
     reply: &AddNetworkReply,
@@ -72,7 +73,7 @@ async fn set_up(
     let granted =
         pod::granted(call, prefix, &reply.ip_allocation_metadata).map_err(|failure| (failure, Undone::Wholly))?;
     let mut wired = 0;
-    let outcome = match timeout(WIRE, wiring::wire_all(call, mtu, &granted, &mut wired)).await {
+    let outcome = match timeout(WIRE, sandbox.wire_all(call, mtu, &granted, &mut wired)).await {
         Ok(Ok(())) => enforce(call, &reply.network_policy_mode, granted.len()).await,
         Ok(Err(failure)) => Err(failure),
         Err(_) => {

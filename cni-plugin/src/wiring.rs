@@ -27,38 +27,61 @@ pub struct Teardown {
     pub addresses: Vec<IpAddr>,
 }
 
-/// Refuses an ADD whose namespace is missing, is none, or is the one this process runs in.
-pub fn require_sandbox(call: &Call) -> Result<(), Failure> {
+/// The pod's namespace, held open, with the one connection to it.
+pub struct Sandbox {
+    netns: Netns,
+    net: Netlink,
+}
+
+impl Sandbox {
+    /// Refuses a namespace that is missing, is none, or is the one this process runs in.
+    pub fn open(call: &Call) -> Result<Self, Failure> {
+        let netns = given_netns(call)?;
+        let refused = |source| Failure::Kernel { verb: "set up", pod: pod::title(call), source };
+        Ok(Self { net: Netlink::in_namespace(&netns).map_err(refused)?, netns })
+    }
+
+    /// Refuses an ADD whose interface name is taken in the sandbox. This has to come before ipamd is asked: when it is a
+    /// second ADD of a live attachment, ipamd answers with the address in use, and undoing this ADD would release it.
+    pub async fn require_free_name(&self, call: &Call) -> Result<(), Failure> {
+        let netns = call.netns.clone().unwrap_or_default();
+        let refused = |source| Failure::Kernel { verb: "set up", pod: pod::title(call), source };
+        match timeout(LOOK, self.net.link(&call.if_name)).await {
+            Ok(Ok(None)) => Ok(()),
+            Ok(Ok(Some(taken))) => Err(refused(KernelError::PodInterfaceTaken { name: taken.name, netns })),
+            Ok(Err(source)) => Err(refused(source)),
+            Err(_) => Err(Failure::KernelLate { done: "looked at", pod: pod::title(call), after: LOOK }),
+        }
+    }
+
+    /// Wires one interface after the other and counts those that are done.
+    pub async fn wire_all(&self, call: &Call, mtu: u32, granted: &[Granted], done: &mut usize) -> Result<(), Failure> {
+        for one in granted {
+            let wired = kernel::wire_in(&wiring_of(call, one, mtu), &self.netns, &self.net).await;
+            wired.map_err(|source| Failure::Kernel { verb: "set up", pod: pod::title(call), source })?;
+            *done += 1;
+        }
+        Ok(())
+    }
+}
+
+fn given_netns(call: &Call) -> Result<Netns, Failure> {
     let path = call.netns.clone().unwrap_or_default();
     let wrong = |problem: &str| Failure::environment("CNI_NETNS", format!("is {}, which {problem}", path.display()));
-    let same = Netns::open(&path).and_then(|given| Ok(given.id()? == Netns::current()?.id()?));
-    match same {
-        Ok(false) => Ok(()),
-        Ok(true) => Err(wrong("is the namespace of the runtime itself")),
+    let same = |given: &Netns| Ok(given.id()? == Netns::current()?.id()?);
+    match Netns::open(&path).and_then(|given| Ok((same(&given)?, given))) {
+        Ok((false, netns)) => Ok(netns),
+        Ok((true, _)) => Err(wrong("is the namespace of the runtime itself")),
         Err(KernelError::NetnsMissing { path }) => Err(Failure::SandboxGone { netns: path }),
         Err(KernelError::NotANetns { .. }) => Err(wrong("is not a network namespace")),
         Err(source) => Err(Failure::Kernel { verb: "set up", pod: pod::title(call), source }),
     }
 }
 
-/// Refuses an ADD whose interface name is taken in the sandbox. This has to come before ipamd is asked: when it is a second
-/// ADD of a live attachment, ipamd answers with the address in use, and undoing this ADD would release it.
-pub async fn require_free_name(call: &Call) -> Result<(), Failure> {
-    let netns = call.netns.clone().unwrap_or_default();
-    let look = async { Netlink::in_namespace(&Netns::open(&netns)?)?.link(&call.if_name).await };
-    let refused = |source| Failure::Kernel { verb: "set up", pod: pod::title(call), source };
-    match timeout(LOOK, look).await {
-        Ok(Ok(None)) => Ok(()),
-        Ok(Ok(Some(taken))) => Err(refused(KernelError::PodInterfaceTaken { name: taken.name, netns: netns.clone() })),
-        Ok(Err(source)) => Err(refused(source)),
-        Err(_) => Err(Failure::KernelLate { done: "looked at", pod: pod::title(call), after: LOOK }),
-    }
-}
-
 /// The namespace to look into on DEL. One that is gone is no error; neither is our own, to which a path such as
 /// `/proc/1234/ns/net` leads once the process is gone and its number is in use again. Nothing is touched in either.
 fn sandbox_left(call: &Call) -> Option<PathBuf> {
-    require_sandbox(call).ok().and_then(|()| call.netns.clone())
+    given_netns(call).ok().and_then(|_| call.netns.clone())
 }
 
 pub fn wiring_of(call: &Call, granted: &Granted, mtu: u32) -> PodWiring {
@@ -71,19 +94,6 @@ pub fn wiring_of(call: &Call, granted: &Granted, mtu: u32) -> PodWiring {
         gateway_index: granted.gateway_index,
         seed: flatwire_core::naming::seed(&call.container_id, &granted.pod_if),
     }
-}
-
-/// Wires one interface after the other and counts those that are done.
-pub async fn wire_all(call: &Call, mtu: u32, granted: &[Granted], done: &mut usize) -> Result<(), Failure> {
-    for one in granted {
-        kernel::wire(&wiring_of(call, one, mtu)).await.map_err(|source| Failure::Kernel {
-            verb: "set up",
-            pod: pod::title(call),
-            source,
-        })?;
-        *done += 1;
-    }
-    Ok(())
 }
 
 /// Takes down what a failed ADD has made; false if something of it may still stand. Its errors are not told: the first

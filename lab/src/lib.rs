@@ -5,6 +5,7 @@
 //! network. `client` is what commands, tests and the demo use.
 
 pub mod api;
+pub mod bench;
 pub mod boot;
 pub mod client;
 mod cloud;

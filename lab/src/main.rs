@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use lab::bench::{Bench, Other};
 use lab::boot::{self, Running};
 use lab::client;
 use lab::ctl::{Control, DaemonAction, Info, NodeSpec, PodInfo, Probe, Request, Spec, Status};
@@ -101,6 +102,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Measure what a packet and a pod cost, beside other layouts and the floor; write a report and pictures.
+    Bench(BenchArgs),
     /// End a lab.
     Down {
         #[command(flatten)]
@@ -112,6 +115,8 @@ enum Verb {
     World { spec: String },
     #[command(name = "__traffic", hide = true, subcommand)]
     Traffic(TrafficVerb),
+    #[command(name = lab::bench::INSIDE_COMMAND, hide = true)]
+    BenchInside { job: String },
 }
 
 #[derive(Subcommand)]
@@ -173,6 +178,37 @@ struct Up {
     /// The whole description as JSON, instead of the options above.
     #[arg(long, hide = true)]
     spec: Option<String>,
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// Few pods and short rounds: to see that it works, not for figures.
+    #[arg(long)]
+    quick: bool,
+    /// Folder for report.json and the pictures.
+    #[arg(long, default_value = "target/bench")]
+    out: PathBuf,
+    /// Where ipamd and aws-cni are, if not beside this program.
+    #[arg(long, env = "FLATWIRE_BIN_DIR")]
+    bin_dir: Option<PathBuf>,
+    /// Name of the lab it runs in.
+    #[arg(long, default_value = "bench")]
+    name: String,
+    /// Measure this CNI plugin instead of ours: its path, or the folder of the plugins its list names.
+    #[arg(long, requires = "conflist")]
+    plugin: Option<PathBuf>,
+    /// The network configuration list of that plugin.
+    #[arg(long, requires = "plugin")]
+    conflist: Option<PathBuf>,
+    /// The daemon it needs, started on every node.
+    #[arg(long, requires = "plugin")]
+    daemon: Option<PathBuf>,
+    /// An argument for the daemon; may be repeated.
+    #[arg(long, requires = "daemon", allow_hyphen_values = true)]
+    daemon_arg: Vec<String>,
+    /// A variable for the daemon, as NAME=VALUE; may be repeated.
+    #[arg(long, requires = "daemon", value_parser = variable)]
+    daemon_env: Vec<(String, String)>,
 }
 
 #[derive(Subcommand)]
@@ -311,6 +347,8 @@ fn run(verb: Verb) -> Result<u8> {
         Verb::Traffic(TrafficVerb::Echo) => lab::traffic::echo()?,
         Verb::Traffic(TrafficVerb::Ping { target }) => lab::traffic::ping(target)?,
         Verb::Traffic(TrafficVerb::Stream { target }) => lab::traffic::stream(target)?,
+        Verb::Bench(args) => bench(args)?,
+        Verb::BenchInside { job } => lab::bench::inside::main(&job)?,
         Verb::Down { lab } => down(&lab)?,
         Verb::Clean => {
             let gone = boot::clean()?;
@@ -338,6 +376,18 @@ fn ping(lab: &Name, from: String, to: String) -> Result<u8> {
         silent |= probe.rtt_us.is_none() || probe.seen.is_none();
     }
     Ok(u8::from(silent))
+}
+
+fn bench(args: BenchArgs) -> Result<()> {
+    let BenchArgs { quick, out, bin_dir, name, plugin, conflist, daemon, daemon_arg, daemon_env } = args;
+    let other = plugin.zip(conflist).map(|(plugin, conflist)| Other {
+        plugin,
+        conflist,
+        daemon,
+        daemon_args: daemon_arg,
+        daemon_env,
+    });
+    lab::bench::run(&Bench { quick, name, bin_dir, out, other })
 }
 
 /// The world's end closes the connection before it can answer; that is the answer.

@@ -33,6 +33,15 @@ impl Place {
         Ok(Self { net: Arc::new(net), mnt: None })
     }
 
+    /// What another process holds open, by its `descriptors`.
+    pub fn of_process(pid: u32, net: RawFd, mnt: Option<RawFd>) -> Result<Self> {
+        let open = |fd: RawFd| {
+            let path = format!("/proc/{pid}/fd/{fd}");
+            File::open(&path).doing(|| format!("open {path}")).map(Arc::new)
+        };
+        Ok(Self { net: open(net)?, mnt: mnt.map(open).transpose()? })
+    }
+
     /// The same network namespace seen from a new mount namespace, which `arrange` furnishes. `arrange` runs inside
     /// both.
     pub fn with_mounts(&self, arrange: impl FnOnce() -> Result<()> + Send) -> Result<Self> {

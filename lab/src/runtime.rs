@@ -20,9 +20,9 @@ use crate::node::Node;
 use crate::ns::Place;
 use crate::probe::Reflector;
 
-const CONFLIST: &str = "/etc/cni/net.d/10-aws.conflist";
+pub(crate) const CONFLIST: &str = "/etc/cni/net.d/10-aws.conflist";
 /// Where plugins are: the node's own, and those of the machine's distribution.
-const BIN_DIRS: [&str; 2] = ["/opt/cni/bin", "/usr/lib/cni"];
+pub(crate) const BIN_DIRS: [&str; 2] = ["/opt/cni/bin", "/usr/lib/cni"];
 const IF_NAME: &str = "eth0";
 const NAMESPACE: &str = "default";
 
@@ -50,18 +50,20 @@ struct Pod {
 pub type Capabilities = BTreeMap<String, Value>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verb {
+pub(crate) enum Verb {
     Add,
     Check,
     Del,
+    Version,
 }
 
 impl Verb {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Add => "ADD",
             Self::Check => "CHECK",
             Self::Del => "DEL",
+            Self::Version => "VERSION",
         }
     }
 }
@@ -173,8 +175,8 @@ async fn chain(node: &Node, verb: Verb, attachment: &Attachment<'_>, last: Optio
     let plugins = conflist["plugins"].as_array().cloned().unwrap_or_default();
     let mut result = last.cloned();
     let ordered: Vec<Value> = match verb {
-        Verb::Add | Verb::Check => plugins,
         Verb::Del => plugins.into_iter().rev().collect(),
+        Verb::Add | Verb::Check | Verb::Version => plugins,
     };
     for mut config in ordered {
         config["cniVersion"] = conflist["cniVersion"].clone();
@@ -202,24 +204,10 @@ async fn call(node: &Node, verb: Verb, attachment: &Attachment<'_>, config: &Val
     let kind = config["type"].as_str().unwrap_or_default().to_owned();
     let failed =
         |code, message: String| Error::Cni { verb: verb.name(), pod: format!("{}/{pod}", node.name), code, message };
-    let args = format!(
-        "IgnoreUnknown=1;K8S_POD_NAMESPACE={NAMESPACE};K8S_POD_NAME={pod};K8S_POD_INFRA_CONTAINER_ID={id};\
-         K8S_POD_UID={}",
-        uid(id)
-    );
     let mut child = node
         .place()
         .run_in_runtime(|| {
-            let places = BIN_DIRS.map(|dir| Path::new(dir).join(&kind));
-            Command::new(places.iter().find(|place| place.is_file()).unwrap_or(&places[0]))
-                .env_clear()
-                .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-                .env("CNI_COMMAND", verb.name())
-                .env("CNI_CONTAINERID", id)
-                .env("CNI_NETNS", netns)
-                .env("CNI_IFNAME", IF_NAME)
-                .env("CNI_PATH", BIN_DIRS.join(":"))
-                .env("CNI_ARGS", &args)
+            Command::from(plugin(&BIN_DIRS.map(Path::new), &kind, verb, pod, id, netns))
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
@@ -246,6 +234,35 @@ async fn call(node: &Node, verb: Verb, attachment: &Attachment<'_>, config: &Val
         (msg, details) => format!("{msg}; {details}"),
     };
     Err(failed(said["code"].as_i64().unwrap_or(-1), message))
+}
+
+/// The call of one plugin as containerd makes it; the configuration is to come by standard input.
+pub(crate) fn plugin(
+    bin_dirs: &[&Path],
+    kind: &str,
+    verb: Verb,
+    pod: &str,
+    id: &str,
+    netns: &Path,
+) -> std::process::Command {
+    let args = format!(
+        "IgnoreUnknown=1;K8S_POD_NAMESPACE={NAMESPACE};K8S_POD_NAME={pod};K8S_POD_INFRA_CONTAINER_ID={id};\
+         K8S_POD_UID={}",
+        uid(id)
+    );
+    let places: Vec<PathBuf> = bin_dirs.iter().map(|dir| dir.join(kind)).collect();
+    let program = places.iter().find(|place| place.is_file()).or(places.first()).cloned().unwrap_or_default();
+    let mut command = std::process::Command::new(program);
+    command
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("CNI_COMMAND", verb.name())
+        .env("CNI_CONTAINERID", id)
+        .env("CNI_NETNS", netns)
+        .env("CNI_IFNAME", IF_NAME)
+        .env("CNI_PATH", std::env::join_paths(bin_dirs).unwrap_or_default())
+        .env("CNI_ARGS", args);
+    command
 }
 
 fn uid(id: &str) -> String {

@@ -60,7 +60,7 @@ fn arrows_point_to_core() {
         ("aws-cni", &["flatwire-core", "flatwire-kernel", "flatwire-proto", "tokio"]),
         ("lab-ec2", &["flatwire-core", "tokio"]),
         ("lab-sim", &["flatwire-core", "flatwire-store", "lab-ec2"]),
-        ("lab", &["flatwire-core", "flatwire-kernel", "lab-ec2", "tokio"]),
+        ("lab", &["flatwire-core", "flatwire-kernel", "flatwire-proto", "lab-ec2", "tokio"]),
         ("ipamd", &["flatwire-cloud", "flatwire-core", "flatwire-kernel", "flatwire-proto", "flatwire-store", "tokio"]),
     ];
     for (package, may) in allowed {

@@ -3,12 +3,14 @@
 //!
 //! * `pod` wires one pod and takes it down again (the CNI plugin's part).
 //! * `node` makes the node what a `NodePlan` says (the daemon's part).
-//! * `netns`, `link`, `address`, `route`, `rule` and `nft` are the verbs both are made of, usable in any namespace.
+//! * `netns`, `link`, `address`, `route`, `rule` and `nft` are the verbs both are made of, usable in any namespace; `batch`
+//!   makes many of them at once.
 //!
 //! Nothing here decides what the data path should be; plans and addresses come in as values.
 
 mod address;
 mod apply;
+mod batch;
 mod check;
 mod conntrack;
 pub mod error;
@@ -26,6 +28,7 @@ mod sysctl;
 mod watch;
 
 pub use address::LinkAddress;
+pub use batch::Batch;
 pub use error::KernelError;
 pub use link::{Link, MAX_NAME_BYTES, POD_GROUP, VethEnd};
 pub use netlink::Netlink;

@@ -1,7 +1,8 @@
 //! Network namespaces: opening them, making named ones, and doing something inside one.
 //!
-//! A thread that has entered a namespace is never given back to anybody: everything here that enters one does so on a
-//! thread of its own that ends right after. Sockets opened there stay in that namespace and may be used from anywhere.
+//! No thread that has entered a namespace is given back to anybody: what runs inside one does so on a thread of its own
+//! that ends right after, and a thread that goes in to open a socket and cannot come back ends the process. Sockets opened
+//! there stay in that namespace and may be used from anywhere.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -98,6 +99,27 @@ pub fn in_netns<T: Send>(netns: &Netns, work: impl FnOnce() -> io::Result<T> + S
         netns.enter()?;
         work()
     })
+}
+
+/// As `in_netns`, on the calling thread, which goes in and comes back: a thread for every socket would be a good part of what
+/// wiring a pod costs. Only for work that neither waits nor starts anything.
+pub(crate) fn visit<T>(netns: &Netns, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let home = File::open("/proc/thread-self/ns/net")?;
+    let _back = Back(home);
+    netns.enter()?;
+    work()
+}
+
+/// Leads home, also where the work panics.
+struct Back(File);
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        if setns(&self.0, CloneFlags::CLONE_NEWNET).is_err() {
+            // Whatever this thread did next would be done to somebody else's network.
+            std::process::abort();
+        }
+    }
 }
 
 /// Makes a new network namespace that has no name: it is gone with this value and the sockets opened in it.

@@ -23,7 +23,7 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::time::Instant;
 
 use crate::error::KernelError;
-use crate::netns::{Netns, in_netns};
+use crate::netns::{Netns, visit};
 
 /// An exchange that is not over by then has failed. Generous: the kernel may be busy tearing down other namespaces.
 const EXCHANGE_DEADLINE: Duration = Duration::from_secs(10);
@@ -87,7 +87,7 @@ impl Socket {
 
     /// A socket of a netlink protocol in another namespace.
     pub fn open_in(netns: &Netns, protocol: isize) -> Result<Self, KernelError> {
-        in_netns(netns, || Self::with_options(protocol)).map_err(|source| {
+        visit(netns, || Self::with_options(protocol)).map_err(|source| {
             let path = netns.path().to_owned();
             match source.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EPERM) => {

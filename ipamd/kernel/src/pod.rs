@@ -121,8 +121,14 @@ fn is_broadcast(address: IpAddr) -> bool {
 /// Wires a pod. If any step fails, what was made is removed before the error returns. Needs a tokio runtime with I/O and
 /// time enabled.
 pub async fn wire(wiring: &PodWiring) -> Result<Wired, KernelError> {
-    wiring.check()?;
     let netns = Netns::open(&wiring.netns)?;
+    let pod = Netlink::in_namespace(&netns)?;
+    wire_in(wiring, &netns, &pod).await
+}
+
+/// As `wire`, for a caller who has the pod's namespace open and a connection to it.
+pub async fn wire_in(wiring: &PodWiring, netns: &Netns, pod: &Netlink) -> Result<Wired, KernelError> {
+    wiring.check()?;
     if netns.id()? == Netns::current()?.id()? {
         return Err(KernelError::BadInput {
             what: format!("network namespace {}", wiring.netns.display()),
@@ -130,9 +136,8 @@ pub async fn wire(wiring: &PodWiring) -> Result<Wired, KernelError> {
         });
     }
     let host = Netlink::open()?;
-    let pod = Netlink::in_namespace(&netns)?;
-    let link = create(&host, &pod, wiring, &netns).await?;
-    match configure(&host, &pod, wiring, &netns, &link).await {
+    let link = create(&host, pod, wiring, netns).await?;
+    match configure(&host, pod, wiring, netns, &link).await {
         Ok(()) => Ok(wiring.macs()),
         Err(e) => {
             // With its link go the pod's end, its addresses and every route. The first error is the one to tell.
@@ -195,13 +200,31 @@ async fn configure(
     if wiring.address.is_ipv6() {
         enable_ipv6(netns, &wiring.pod_if)?;
     }
+    exchange(host, pod, wiring, link.index, pod_link).await
+}
+
+/// The messages behind the one that makes the pair.
+async fn exchange(
+    host: &Netlink,
+    pod: &Netlink,
+    wiring: &PodWiring,
+    link: u32,
+    pod_link: u32,
+) -> Result<(), KernelError> {
     pod.all(pod_side(wiring, pod_link)).await?;
-    let route = Route::to_host(wiring.address).link(link.index);
-    host.all(vec![set_up(link.index, &wiring.host_if), replace_route(&route)]).await?;
+    let route = Route::to_host(wiring.address).link(link);
+    host.all(vec![set_up(link, &wiring.host_if), replace_route(&route)]).await?;
     // The end that came up first, without a carrier, sends nothing until the kernel's link watch has run, up to a second
     // later. Asking for the link makes it run at once (kernels from 6.8 on), so that no first packet is lost.
     pod.one(get_link(&wiring.pod_if)).await?;
     Ok(())
+}
+
+/// The netlink messages of `wire` and nothing else, over connections that stand: the floor that wiring is measured against.
+pub async fn wire_bare(host: &Netlink, pod: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<(), KernelError> {
+    let link = try_create(host, wiring, netns).await?;
+    let pod_link = link.peer.ok_or_else(|| KernelError::NoSuchLink { name: wiring.pod_if.clone() })?;
+    exchange(host, pod, wiring, link.index, pod_link).await
 }
 
 fn pod_side(wiring: &PodWiring, link: u32) -> Vec<RouteRequest> {
