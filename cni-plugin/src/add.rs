@@ -30,12 +30,14 @@ pub async fn run(call: &Call, log: &Log) -> Result<Option<Value>, Failure> {
     let prefix = call.conf.veth_prefix()?;
     let mtu = call.conf.mtu()?;
     let previous = call.conf.prev_result()?;
+    // First of all, so that ipamd wakes up while this process looks at the sandbox; whether it is there matters later.
+    let ipamd = Daemon::connect(&call.conf.ipamd_socket()?).await;
     let sandbox = Sandbox::open(call)?;
     sandbox.require_free_name(call).await?;
 
     // Before the question, so that no release of an earlier life of this sandbox can hit the answer: see queue.rs.
     Queue::new(call.conf.release_queue_dir()?).settle(call)?;
-    let mut ipamd = Daemon::connect(&call.conf.ipamd_socket()?).await?;
+    let mut ipamd = ipamd?;
     let reply = ipamd.add(call).await?;
     match set_up(call, &sandbox, prefix, mtu, &reply).await {
         Ok(granted) => {

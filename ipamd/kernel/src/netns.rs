@@ -105,8 +105,8 @@ pub fn in_netns<T: Send>(netns: &Netns, work: impl FnOnce() -> io::Result<T> + S
 /// wiring a pod costs. Only for work that neither waits nor starts anything.
 pub(crate) fn visit<T>(netns: &Netns, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let home = File::open("/proc/thread-self/ns/net")?;
-    let _back = Back(home);
     netns.enter()?;
+    let _back = Back(home);
     work()
 }
 
