@@ -31,9 +31,17 @@ calls: ## What fresh nodes ask of EC2 until their pods are served, beside the le
 planted: ## Plant ten classic bugs one by one in a copy of the code, and have the simulator find each
 	cargo run --release -q -p lab-sim --bin planted
 
+.PHONY: matrix
+matrix: need-root build ## Every way of a packet beside kube-proxy's rules, in each of its modes, with the pod on a primary and a secondary ENI
+	$(BIN)/lab matrix
+
 .PHONY: crash
 crash: need-root build ## Kill the daemon at every point where it changes something, on the live lab, and compare what is left
 	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test points -- --nocapture
+
+.PHONY: heal
+heal: build ## Undo what ipamd keeps in a node's kernel, piece by piece under traffic, and measure each gap
+	$(BIN)/lab heal
 
 .PHONY: restart
 restart: need-root build ## How soon a restarted daemon with 250 pods answers its first ADD, with EC2 out of reach

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that building and testing need, and says so. Does nothing when they are there.
 #   ip, nft            the independent judges of what the kernel holds (tests only; Flatwire itself executes neither)
+#   iptables           both backends, for rules of the shapes kube-proxy makes (tests and the lab only)
+#   /usr/lib/cni       portmap, bandwidth and tuning, which run behind our plugin in tests
 #   cc, cmake          aws-lc, the TLS library under the AWS SDK, is C
 #   git, kill          the rules of the repository are tests, and daemons are killed in tests
 #   python3-venv       the AWS CLI, boto3, moto and LocalStack run in private virtual environments
@@ -9,6 +11,8 @@ command -v cargo >/dev/null || { echo "deps: Rust is missing; install it first (
 need=()
 command -v ip >/dev/null || need+=(iproute2)
 command -v nft >/dev/null || need+=(nftables)
+command -v iptables-legacy >/dev/null && command -v iptables-nft >/dev/null || need+=(iptables)
+[ -x /usr/lib/cni/portmap ] || need+=(containernetworking-plugins)
 command -v cc >/dev/null || need+=(build-essential)
 command -v cmake >/dev/null || need+=(cmake)
 command -v python3 >/dev/null || need+=(python3)

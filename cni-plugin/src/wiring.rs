@@ -92,8 +92,7 @@ pub fn wiring_of(call: &Call, granted: &Granted, mtu: u32) -> PodWiring {
         mtu,
         address: granted.address,
         gateway_index: granted.gateway_index,
-        // Names one interface of one sandbox: the MACs are derived from it.
-        seed: format!("{}/{}", call.container_id, granted.pod_if),
+        seed: flatwire_core::naming::seed(&call.container_id, &granted.pod_if),
     }
 }
 

@@ -37,6 +37,9 @@ const KERNEL_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the folder of queued releases and the state of the node are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// When hearing from the kernel failed.
+const WATCH_AGAIN: Duration = Duration::from_secs(10);
+
 type Look = Box<dyn FnOnce(&Pool, Time) + Send>;
 
 enum Input {
@@ -190,8 +193,26 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             node_state: NodeState::default(),
             stopping: None,
         };
+        the_loop.driver.runtime.spawn(watch_kernel(the_loop.driver.kernel.clone(), the_loop.sender.clone()));
         std::thread::Builder::new().name("pool".to_owned()).spawn(move || the_loop.run())?;
         Ok(handle)
+    }
+}
+
+/// Tells the pool of every change in the kernel, until there is no pool any more.
+async fn watch_kernel<K: Kernel>(kernel: Arc<K>, sender: Sender<Input>) {
+    loop {
+        if let Err(error) = kernel.changed().await {
+            tracing::warn!(
+                error = %notes::chain(&error),
+                seconds = WATCH_AGAIN.as_secs(),
+                "changes in the kernel are not heard of for now; it is still compared with the plan every few seconds"
+            );
+            tokio::time::sleep(WATCH_AGAIN).await;
+        }
+        if sender.send(Input::Event(Event::KernelChanged)).is_err() {
+            return;
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use flatwire_core::ids::{EniId, PodName};
-use flatwire_core::netplan::{PRIMARY_MARK, PortChoice, Snat};
+use flatwire_core::netplan::{PortChoice, Snat};
 use flatwire_core::pool::{Answer, Event, PoolStatus, Question};
 use flatwire_core::target::Policy;
 use serde_json::{Value, json};
@@ -145,7 +145,7 @@ async fn network_settings(State(pages): State<Pages>) -> Response {
         let settings = &status.settings;
         let cidrs: Vec<String> = settings.exclude_snat.iter().map(ToString::to_string).collect();
         json!({
-            "AWS_VPC_K8S_CNI_CONNMARK": PRIMARY_MARK,
+            "AWS_VPC_K8S_CNI_CONNMARK": settings.marks.primary,
             "AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS": cidrs,
             "AWS_VPC_K8S_CNI_EXTERNALSNAT": settings.snat == Snat::External,
             "AWS_VPC_ENI_MTU": settings.mtu,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use flatwire_cloud::CallObserver;
 use flatwire_core::audit::AuditReport;
 use flatwire_core::pool::{Level, PoolStatus};
-use flatwire_core::ports::CloudError;
+use flatwire_core::ports::{CloudError, RepairKind};
 use ipnet::IpNet;
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
@@ -18,7 +18,8 @@ pub struct Metrics {
     pub no_address: IntCounter,
     pub add_failures: IntCounterVec,
     pub cooldown_yielded: IntCounter,
-    pub repairs: IntCounter,
+    repairs: IntCounterVec,
+    contested: IntGaugeVec,
     pub cloud_repairs: IntCounter,
     pub dead_sandboxes: IntCounter,
     eni_events: IntCounterVec,
@@ -82,7 +83,12 @@ impl Metrics {
             no_address: counter("awscni_no_available_ip_addresses", "ADDs that ended without an address")?,
             add_failures: counters("flatwire_add_failures_total", "ADDs that failed, by cause", &["reason"])?,
             cooldown_yielded: counter("flatwire_cooldown_yielded_total", "cooling addresses given early")?,
-            repairs: counter("flatwire_kernel_repairs_total", "things put right in the kernel")?,
+            repairs: counters("flatwire_kernel_repairs_total", "things put right in the kernel", &["kind"])?,
+            contested: gauges(
+                "flatwire_kernel_contested",
+                "things in the kernel that somebody keeps changing",
+                &["kind"],
+            )?,
             cloud_repairs: counter("flatwire_cloud_repairs_total", "differences between EC2 and the ledger put right")?,
             dead_sandboxes: counter(
                 "flatwire_dead_sandboxes_total",
@@ -119,6 +125,10 @@ impl Metrics {
 
     pub fn error(&self, place: &str) {
         self.errors.with_label_values(&[place]).inc();
+    }
+
+    pub fn repaired(&self, kind: RepairKind) {
+        self.repairs.with_label_values(&[kind.as_str()]).inc();
     }
 
     /// `event` is one of the few that the pool names.
@@ -175,6 +185,10 @@ impl Metrics {
         self.reason.reset();
         if let Some(failure) = &status.failure {
             self.reason.with_label_values(&[failure.reason.to_string().as_str()]).set(1);
+        }
+        self.contested.reset();
+        for contest in &status.contests {
+            self.contested.with_label_values(&[contest.kind.as_str()]).inc();
         }
         self.per_eni.reset();
         for eni in &status.enis {

@@ -82,10 +82,19 @@ pub fn note(note: &Note, metrics: &Metrics) {
             metrics.cooldown_yielded.inc();
             tracing::info!(%address, rested_ms, "nothing else is free: a cooling address is given early");
         }
-        Note::Repaired { text } => {
-            metrics.repairs.inc();
-            tracing::warn!(text, "put right in the kernel");
+        Note::Repaired { kind, text } => {
+            metrics.repaired(*kind);
+            tracing::warn!(kind = kind.as_str(), text, "put right in the kernel");
         }
+        Note::Contested { contest, pause_ms } => {
+            tracing::warn!(
+                object = contest.object,
+                repairs = contest.repairs,
+                pause_ms,
+                "somebody changes this back again and again; it is let be for a while: find out who, see `ipamd audit`"
+            );
+        }
+        Note::KernelLacks { text } => tracing::warn!(text, "the kernel cannot do something that is wanted"),
         Note::KernelFailed { error } => {
             metrics.error("kernel");
             tracing::error!(error, "the node's data path could not be programmed");

@@ -61,6 +61,14 @@ fn render(status: &PoolStatus) -> String {
     for setback in status.setbacks.iter().filter(|s| !s.over) {
         out += &format!("rests  {} on {}: {} {}\n", setback.action, setback.object, setback.code, setback.message);
     }
+    for contest in &status.contests {
+        let let_be = contest.until.since_ms(status.now) / 1_000;
+        let next = match let_be {
+            0 => "watched".to_owned(),
+            seconds => format!("let be for {seconds} s more"),
+        };
+        out += &format!("fight  {}: put right {} times and changed back; {next}\n", contest.object, contest.repairs);
+    }
     let enis: Vec<Vec<String>> = status
         .enis
         .iter()

@@ -1,7 +1,9 @@
 //! A lab from outside: starting one as a child, asking it, stepping into its places. For tests, the demo and commands.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read as _;
+use std::net::SocketAddrV4;
 use std::os::fd::AsFd as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -11,10 +13,11 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::geteuid;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::api::Ec2Client;
 use crate::boot;
-use crate::ctl::{Control, DaemonAction, Entrance, Info, PodInfo, Probe, Request, Spec, Status};
+use crate::ctl::{Called, Control, DaemonAction, Entrance, Info, PodInfo, Probe, Request, Spec, Status};
 use crate::error::{Doing, Error, Result};
 
 /// A lab must be up within this.
@@ -117,6 +120,20 @@ impl Lab {
 
     pub fn pod_add(&mut self, node: &str, name: &str) -> Result<PodInfo> {
         self.ask(&Request::PodAdd { node: node.to_owned(), name: name.to_owned() })
+    }
+
+    /// As `pod_add`, with what the kubelet tells plugins that declare a capability.
+    pub fn pod_add_with(&mut self, node: &str, name: &str, capabilities: BTreeMap<String, Value>) -> Result<PodInfo> {
+        self.ask(&Request::PodAddWith { node: node.to_owned(), name: name.to_owned(), capabilities })
+    }
+
+    pub fn pod_check(&mut self, node: &str, name: &str) -> Result<()> {
+        self.ask(&Request::PodCheck { node: node.to_owned(), name: name.to_owned() })
+    }
+
+    /// Calls the reflectors behind these addresses and ports.
+    pub fn call(&mut self, from: &str, to: &[SocketAddrV4]) -> Result<Vec<Called>> {
+        self.ask(&Request::Call { from: from.to_owned(), to: to.to_vec() })
     }
 
     pub fn pod_del(&mut self, node: &str, name: &str) -> Result<f64> {

@@ -52,6 +52,10 @@ impl Cloud {
         let tags = BTreeMap::from([("Name".to_owned(), "peer".to_owned())]);
         let peer_subnet = ec2.create_subnet(now, &peer_vpc, PEER_SUBNET, None, tags).map_err(refused)?;
         ec2.peer_vpcs(now, &vpc, &peer_vpc).map_err(refused)?;
+        // Who wants groups that keep somebody out makes them.
+        for vpc in [&vpc, &peer_vpc] {
+            ec2.open_default_group(now, vpc).map_err(refused)?;
+        }
         let admin = ec2.admin();
         let credentials = Credentials { access_key_id: admin.access_key, secret_access_key: admin.secret };
         Ok(Self { ec2: Arc::new(ec2), vpc, peer_vpc, credentials, subnets, peer_subnet })

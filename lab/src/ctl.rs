@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -118,6 +118,17 @@ pub enum Request {
         node: String,
         name: String,
     },
+    /// With what the kubelet tells plugins that declare a capability: portMappings, bandwidth.
+    PodAddWith {
+        node: String,
+        name: String,
+        capabilities: BTreeMap<String, serde_json::Value>,
+    },
+    /// CHECK by every plugin of the pod's chain.
+    PodCheck {
+        node: String,
+        name: String,
+    },
     PodDel {
         node: String,
         name: String,
@@ -128,6 +139,11 @@ pub enum Request {
     Probe {
         from: String,
         to: Vec<String>,
+    },
+    /// From one place to reflectors behind any address and port, several packets each way.
+    Call {
+        from: String,
+        to: Vec<SocketAddrV4>,
     },
     Down,
 }
@@ -242,6 +258,8 @@ pub struct Drops {
     pub unassigned: u64,
     /// Bound for the internet from an address without a public one.
     pub no_public: u64,
+    /// No rule of the ENI's security groups allows it.
+    pub denied: u64,
 }
 
 /// How another process steps into a place: descriptors of the world's process.
@@ -262,6 +280,13 @@ pub struct Probe {
     pub seen: Option<Ipv4Addr>,
     /// Likewise over TCP.
     pub seen_tcp: Option<Ipv4Addr>,
+}
+
+/// Whom the far side saw, over each protocol; absent if no answer came, or not each time the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Called {
+    pub udp: Option<Ipv4Addr>,
+    pub tcp: Option<Ipv4Addr>,
 }
 
 /// A connection to a running lab.

@@ -16,6 +16,7 @@ use lab_ec2::{EniInfo, InstanceState, View};
 
 use crate::error::{Error, Result};
 use crate::firewall::{self, Firewall};
+use crate::guard::Guard;
 use crate::ns::{Place, sysctl};
 
 /// Inside a VPC packets may be this large; on the way to the internet only `EDGE_MTU`.
@@ -34,6 +35,9 @@ const TRANSIT: [(Ipv4Addr, MacAddress); 2] = [
     (Ipv4Addr::new(169, 254, 255, 1), MacAddress([0x02, 0, 0, 0, 0xff, 1])),
     (Ipv4Addr::new(169, 254, 255, 2), MacAddress([0x02, 0, 0, 0, 0xff, 2])),
 ];
+
+/// The protocol number of routes that a DHCP client makes (RTPROT_DHCP).
+const DHCP: u8 = 16;
 
 const EDGE_LINK: &str = "igw";
 const MAIN: u32 = RouteTable::MAIN.0;
@@ -154,6 +158,9 @@ fn connect(plan: &mut Plan, view: &View, eni: &EniInfo) {
     router.routes.extend(held.map(|net| (net, Hop::Eni(eni.id.clone()))));
     if eni.source_dest_check {
         router.firewall.checked.insert(port_link(&eni.id), eni.id.to_string());
+    }
+    if let Some(guard) = Guard::of(view, eni) {
+        router.firewall.guards.insert(port_link(&eni.id), guard);
     }
     if router.edge {
         router.firewall.public.extend(&eni.public);
@@ -282,7 +289,7 @@ impl Fabric {
         errors
     }
 
-    /// Packets dropped so far, by ENI id, peer, `unassigned` and `no-public`.
+    /// Packets dropped so far, by ENI id, peer, `unassigned`, `no-public` and `denied`.
     pub fn drops(&self, vpc: &VpcId) -> Result<BTreeMap<String, u64>> {
         let Some(router) = self.routers.get(vpc) else { return Ok(BTreeMap::new()) };
         let mut total = router.counted.clone();
@@ -494,7 +501,8 @@ impl Router {
             let address = Ipv4Net::new_assert(port.primary, lease.prefix);
             guest.net.set_up(&port.guest_link).await?;
             guest.net.address(&port.guest_link, address.into()).await?;
-            guest.net.route(&port.guest_link, &Route::default_via(lease.gateway.into())).await?;
+            let default = Route::default_via(lease.gateway.into()).protocol(DHCP);
+            guest.net.route(&port.guest_link, &default).await?;
         }
         self.ports.insert(eni.clone(), port.clone());
         Ok(())

@@ -1,5 +1,5 @@
 //! What a VPC's router does to packets beside routing them: the source check, the edge's one-to-one address
-//! translation, and the counters of what is dropped without a word. One nftables table per router, replaced whole in
+//! translation, the ENIs' security groups, and the counters of what is dropped without a word. One nftables table per router, replaced whole in
 //! one transaction.
 //!
 //! Translation is stateless, as an internet gateway's is: the address in the packet is rewritten and nothing
@@ -22,6 +22,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 
 use crate::error::{Doing, Result};
+use crate::guard::{Allow, Detail, Guard};
 use crate::ns::Place;
 
 const TABLE: &str = "fabric";
@@ -37,11 +38,15 @@ pub struct Firewall {
     pub edge: Option<String>,
     /// Private addresses with a public one.
     pub public: BTreeMap<Ipv4Addr, Ipv4Addr>,
+    /// Links of ENIs whose security groups do not let everything through.
+    pub guards: BTreeMap<String, Guard>,
 }
 
 /// Names of the counters that are not a link's.
 pub const UNASSIGNED: &str = "unassigned";
 pub const NO_PUBLIC: &str = "no-public";
+/// By a security group.
+pub const DENIED: &str = "denied";
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Rule {
@@ -49,6 +54,8 @@ struct Rule {
     counted_as: String,
     expressions: Vec<Expressions>,
 }
+
+type Side = fn(&Guard) -> Option<&Vec<Allow>>;
 
 impl Firewall {
     fn rules(&self) -> Vec<Rule> {
@@ -74,6 +81,21 @@ impl Firewall {
             }
             rule("pass", NO_PUBLIC, &[&[meta(OIFNAME), equals(&edge)], &drop()]);
         }
+        let (egress, ingress): (Side, Side) = (|guard| guard.egress.as_ref(), |guard| guard.ingress.as_ref());
+        for (chain, key, field, side) in
+            [("egress", IIFNAME, DESTINATION, egress), ("ingress", OIFNAME, SOURCE, ingress)]
+        {
+            if !self.guards.is_empty() {
+                rule(chain, "", &[&established()]);
+            }
+            for (link, allows) in self.guards.iter().filter_map(|(link, guard)| Some((link, side(guard)?))) {
+                let here = [meta(key), equals(&link_name(link))];
+                for allow in allows {
+                    rule(chain, "", &[&here, &let_through(allow, field)]);
+                }
+                rule(chain, DENIED, &[&here, &drop()]);
+            }
+        }
         rule("arrive", "", &[&[destination_kind(), equals(&RTN_LOCAL.to_ne_bytes()), verdict(NF_ACCEPT)]]);
         rule("arrive", UNASSIGNED, &[&[destination_unroutable(), equals(&[0; 4])], &drop()]);
         rules
@@ -90,6 +112,8 @@ impl Firewall {
         ];
         for (name, hook, priority) in [
             ("arrive", InetHookNumber::PreRouting, -300i32),
+            ("egress", InetHookNumber::Forward, -20),
+            ("ingress", InetHookNumber::Forward, -10),
             ("pass", InetHookNumber::Forward, 0),
             ("leave", InetHookNumber::PostRouting, 100),
         ] {
@@ -167,6 +191,13 @@ const RTN_LOCAL: u32 = 2;
 const SOURCE: u32 = 12;
 const DESTINATION: u32 = 16;
 const CHECKSUM: u32 = 10;
+const PROTOCOL: u32 = 9;
+/// Headers of a packet.
+const NETWORK: u32 = 1;
+const TRANSPORT: u32 = 2;
+/// Bits of a connection's state.
+const ESTABLISHED: u32 = 2;
+const RELATED: u32 = 4;
 
 fn expression(name: &str, attributes: Vec<DefaultNla>) -> Expressions {
     Expressions::Other { expression_type: name.into(), attributes }
@@ -196,12 +227,60 @@ fn meta(key: u32) -> Expressions {
 }
 
 fn equals(bytes: &[u8]) -> Expressions {
+    compare(0, bytes)
+}
+
+/// What belongs to a connection, or is an error about one.
+fn established() -> Vec<Expressions> {
+    let state = expression("ct", vec![number(1, REGISTER), number(2, 0)]);
+    let known = ESTABLISHED | RELATED;
+    vec![state, masked(&known.to_ne_bytes()), unequal(&[0; 4]), verdict(NF_ACCEPT)]
+}
+
+fn let_through(allow: &Allow, peer: u32) -> Vec<Expressions> {
+    let mut parts = vec![load(peer), masked(&allow.peer.netmask().octets()), equals(&allow.peer.network().octets())];
+    if let Some(protocol) = allow.protocol {
+        parts.extend([part(NETWORK, PROTOCOL, 1), equals(&[protocol])]);
+    }
+    match allow.detail {
+        Detail::Any => {}
+        Detail::Ports(from, to) => {
+            parts.extend([part(TRANSPORT, 2, 2), compare(5, &from.to_be_bytes()), compare(3, &to.to_be_bytes())]);
+        }
+        Detail::Icmp(kind, code) => {
+            parts.extend([part(TRANSPORT, 0, 1), equals(&[kind])]);
+            parts.extend(code.into_iter().flat_map(|code| [part(TRANSPORT, 1, 1), equals(&[code])]));
+        }
+    }
+    parts.push(verdict(NF_ACCEPT));
+    parts
+}
+
+/// The register's bits under a mask.
+fn masked(mask: &[u8]) -> Expressions {
+    let length = u32::try_from(mask.len()).unwrap_or(0);
+    let data = |kind, bytes: &[u8]| nested(kind, &[DefaultNla::new(1, bytes.to_vec())]);
+    let registers = [number(1, REGISTER), number(2, REGISTER), number(3, length)];
+    expression("bitwise", [registers.as_slice(), &[data(4, mask), data(5, &vec![0; mask.len()])]].concat())
+}
+
+fn unequal(bytes: &[u8]) -> Expressions {
+    compare(1, bytes)
+}
+
+/// How the register must stand to the bytes: 0 equal, 1 not, 3 at most, 5 at least.
+fn compare(how: u32, bytes: &[u8]) -> Expressions {
     let data = nested(3, &[DefaultNla::new(1, bytes.to_vec())]);
-    expression("cmp", vec![number(1, REGISTER), number(2, 0), data])
+    expression("cmp", vec![number(1, REGISTER), number(2, how), data])
+}
+
+/// Some bytes of the packet's network or transport header.
+fn part(header: u32, offset: u32, length: u32) -> Expressions {
+    expression("payload", vec![number(1, REGISTER), number(2, header), number(3, offset), number(4, length)])
 }
 
 fn load(offset: u32) -> Expressions {
-    expression("payload", vec![number(1, REGISTER), number(2, 1), number(3, offset), number(4, 4)])
+    part(NETWORK, offset, 4)
 }
 
 /// Writes an address into the IPv4 header and mends its checksum and, through the pseudo header, that of TCP or UDP.

@@ -1,6 +1,7 @@
 //! The command line of the lab. Each command is one function; what they do is in the library.
 
 use std::io::IsTerminal as _;
+use std::net::Ipv4Addr;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,6 +14,8 @@ use lab::client;
 use lab::ctl::{Control, DaemonAction, Info, NodeSpec, PodInfo, Probe, Request, Spec, Status};
 use lab::demo::Demo;
 use lab::error::{Result, chain};
+use lab::heal::Heal;
+use lab::matrix::{Matrix, Mode};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
@@ -72,6 +75,33 @@ enum Verb {
         #[arg(long, default_value = "demo")]
         name: String,
     },
+    /// Rules of the shapes kube-proxy makes on two nodes, traffic through all of them, and whom each far side saw.
+    Matrix {
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "legacy,nft,nftables")]
+        modes: Vec<Mode>,
+        #[arg(long, env = "FLATWIRE_BIN_DIR")]
+        bin_dir: Option<PathBuf>,
+        /// Name of the lab it runs in.
+        #[arg(long, default_value = "matrix")]
+        name: String,
+        /// A variable for every ipamd, as NAME=VALUE.
+        #[arg(long = "env", value_parser = variable)]
+        env: Vec<(String, String)>,
+    },
+    /// Flush and change what ipamd keeps in the kernel, under traffic, and say how long each gap was.
+    Heal {
+        #[arg(long, env = "FLATWIRE_BIN_DIR")]
+        bin_dir: Option<PathBuf>,
+        /// Name of the lab it runs in.
+        #[arg(long, default_value = "heal")]
+        name: String,
+        /// Only the steps whose names contain one of these.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<String>,
+        /// The rows as JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Measure what a packet and a pod cost, beside other layouts and the floor; write a report and pictures.
     Bench(BenchArgs),
     /// End a lab.
@@ -83,8 +113,17 @@ enum Verb {
     Clean,
     #[command(name = "__world", hide = true)]
     World { spec: String },
+    #[command(name = "__traffic", hide = true, subcommand)]
+    Traffic(TrafficVerb),
     #[command(name = lab::bench::INSIDE_COMMAND, hide = true)]
     BenchInside { job: String },
+}
+
+#[derive(Subcommand)]
+enum TrafficVerb {
+    Echo,
+    Ping { target: Ipv4Addr },
+    Stream { target: Ipv4Addr },
 }
 
 #[derive(Args)]
@@ -296,6 +335,18 @@ fn run(verb: Verb) -> Result<u8> {
             let good = lab::demo::run(&Demo { pods, nodes, bin_dir, name })?;
             return Ok(u8::from(!good));
         }
+        Verb::Matrix { modes, bin_dir, name, env } => {
+            let env = env.into_iter().collect();
+            let good = lab::matrix::run(&Matrix { modes, bin_dir, name, env })?;
+            return Ok(u8::from(!good));
+        }
+        Verb::Heal { bin_dir, name, only, json } => {
+            let good = lab::heal::run(&Heal { bin_dir, name, only, json })?;
+            return Ok(u8::from(!good));
+        }
+        Verb::Traffic(TrafficVerb::Echo) => lab::traffic::echo()?,
+        Verb::Traffic(TrafficVerb::Ping { target }) => lab::traffic::ping(target)?,
+        Verb::Traffic(TrafficVerb::Stream { target }) => lab::traffic::stream(target)?,
         Verb::Bench(args) => bench(args)?,
         Verb::BenchInside { job } => lab::bench::inside::main(&job)?,
         Verb::Down { lab } => down(&lab)?,

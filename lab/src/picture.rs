@@ -133,8 +133,9 @@ pub fn status(status: &Status) -> String {
     let drops = &status.drops;
     let _ = writeln!(
         text,
-        "\ndropped   {} spoofed, {} to nobody, {} without a public address   (fabric follows in {:.1} ms)",
-        drops.spoofed, drops.unassigned, drops.no_public, status.fabric_ms
+        "\ndropped   {} spoofed, {} to nobody, {} without a public address, {} by a security group   \
+         (fabric follows in {:.1} ms)",
+        drops.spoofed, drops.unassigned, drops.no_public, drops.denied, status.fabric_ms
     );
     for node in &status.info.nodes {
         for eni in node.enis.iter().filter(|eni| eni.spoofed > 0) {

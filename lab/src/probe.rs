@@ -15,8 +15,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncWriteExt as _, Interest};
 use tokio::task::AbortHandle;
 
-use crate::ctl::Probe;
-use crate::error::{Doing, Result};
+use crate::ctl::{Called, Probe};
+use crate::error::{Doing, Error, Result};
 use crate::ns::Place;
 
 /// Port of every reflector, UDP and TCP.
@@ -109,13 +109,22 @@ pub fn probe(place: &Place, from: &str, targets: &[(String, Ipv4Addr)]) -> Resul
                         to: name.clone(),
                         target: *target,
                         rtt_us: rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
-                        seen: seen_over_udp(*target, patience),
-                        seen_tcp: seen_over_tcp(*target, patience),
+                        seen: seen_over_udp(SocketAddrV4::new(*target, PORT), patience),
+                        seen_tcp: seen_over_tcp(SocketAddrV4::new(*target, PORT), patience),
                     }
                 })
                 .collect())
         })?
         .doing(|| format!("probe from {from}"))
+}
+
+/// Calls the reflectors behind every target in turn from inside the place. Blocks.
+pub fn call(place: &Place, from: &str, targets: &[SocketAddrV4]) -> Result<Vec<Called>> {
+    let one =
+        |target: &SocketAddrV4| Called { udp: seen_over_udp(*target, PATIENCE), tcp: seen_over_tcp(*target, PATIENCE) };
+    place
+        .run(|| targets.iter().map(one).collect())
+        .map_err(|source| Error::refused(format!("call from {from}: {source}")))
 }
 
 struct Pinger {
@@ -160,7 +169,7 @@ impl Pinger {
     }
 }
 
-fn checksum(bytes: &[u8]) -> u16 {
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     let mut sum: u32 =
         bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |b| u32::from(*b))).sum();
     while sum > 0xffff {
@@ -169,20 +178,26 @@ fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from(sum).expect("invariant: the loop leaves 16 bits")
 }
 
-fn seen_over_udp(target: Ipv4Addr, patience: Duration) -> Option<Ipv4Addr> {
-    (0..ATTEMPTS).find_map(|_| {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
-        socket.connect((target, PORT)).ok()?;
-        socket.set_read_timeout(Some(patience)).ok()?;
+/// Asks several times over one socket: the first packet of a connection may go another way than the later ones. The
+/// socket is connected, so that only an answer from the very address that was asked is one.
+fn seen_over_udp(target: SocketAddrV4, patience: Duration) -> Option<Ipv4Addr> {
+    let ask = |socket: &UdpSocket| -> Option<Ipv4Addr> {
         socket.send(b"who am I?").ok()?;
         let mut answer = [0; 64];
         let length = socket.recv(&mut answer).ok()?;
         std::str::from_utf8(answer.get(..length)?).ok()?.parse().ok()
+    };
+    (0..ATTEMPTS).find_map(|_| {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+        socket.connect(target).ok()?;
+        socket.set_read_timeout(Some(patience)).ok()?;
+        let first = ask(&socket)?;
+        (0..2).all(|_| ask(&socket) == Some(first)).then_some(first)
     })
 }
 
-fn seen_over_tcp(target: Ipv4Addr, patience: Duration) -> Option<Ipv4Addr> {
-    let mut stream = TcpStream::connect_timeout(&(target, PORT).into(), patience).ok()?;
+fn seen_over_tcp(target: SocketAddrV4, patience: Duration) -> Option<Ipv4Addr> {
+    let mut stream = TcpStream::connect_timeout(&target.into(), patience).ok()?;
     stream.set_read_timeout(Some(patience)).ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;

@@ -8,7 +8,7 @@ use lab_ec2::View;
 use crate::ctl::{Drops, EniInfo, Info, NodeInfo, Status, SubnetInfo, VpcInfo};
 use crate::error::chain;
 use crate::fabric::INTERNET_SERVER;
-use crate::firewall::{NO_PUBLIC, UNASSIGNED};
+use crate::firewall::{DENIED, NO_PUBLIC, UNASSIGNED};
 use crate::node::Node;
 use crate::world::World;
 
@@ -98,12 +98,12 @@ impl World {
     pub(crate) async fn status(&self) -> Status {
         let all = self.all_drops().await;
         let named = |name: &str| all.get(name).copied().unwrap_or(0);
-        let (unassigned, no_public) = (named(UNASSIGNED), named(NO_PUBLIC));
-        let spoofed = all.values().sum::<u64>() - unassigned - no_public;
+        let (unassigned, no_public, denied) = (named(UNASSIGNED), named(NO_PUBLIC), named(DENIED));
+        let spoofed = all.values().sum::<u64>() - unassigned - no_public - denied;
         Status {
             info: self.info().await,
             calls: self.cloud.calls(),
-            drops: Drops { spoofed, unassigned, no_public },
+            drops: Drops { spoofed, unassigned, no_public, denied },
             fabric_ms: self.followed.borrow().took_ms,
         }
     }

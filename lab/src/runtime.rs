@@ -21,7 +21,8 @@ use crate::ns::Place;
 use crate::probe::Reflector;
 
 pub(crate) const CONFLIST: &str = "/etc/cni/net.d/10-aws.conflist";
-pub(crate) const BIN_DIR: &str = "/opt/cni/bin";
+/// Where plugins are: the node's own, and those of the machine's distribution.
+pub(crate) const BIN_DIRS: [&str; 2] = ["/opt/cni/bin", "/usr/lib/cni"];
 const IF_NAME: &str = "eth0";
 const NAMESPACE: &str = "default";
 
@@ -39,14 +40,19 @@ struct Pod {
     id: String,
     place: Place,
     path: PathBuf,
+    capabilities: Capabilities,
     result: Value,
     info: PodInfo,
     _reflector: Reflector,
 }
 
+/// What plugins that declare a capability are told of the pod, by its name.
+pub type Capabilities = BTreeMap<String, Value>;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verb {
     Add,
+    Check,
     Del,
     Version,
 }
@@ -55,6 +61,7 @@ impl Verb {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Add => "ADD",
+            Self::Check => "CHECK",
             Self::Del => "DEL",
             Self::Version => "VERSION",
         }
@@ -76,7 +83,7 @@ impl Pods {
 }
 
 /// Creates a sandbox on the node and has the node's plugins wire it.
-pub async fn add(node: &Node, name: &str) -> Result<PodInfo> {
+pub async fn add(node: &Node, name: &str, capabilities: Capabilities) -> Result<PodInfo> {
     if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
         return Err(Error::refused(format!("{name:?} is no name for a pod")));
     }
@@ -88,15 +95,16 @@ pub async fn add(node: &Node, name: &str) -> Result<PodInfo> {
     let place = node.place().new_at(&path)?;
     Netlink::in_namespace(&place.netns()?)?.set_up("lo").await?;
 
+    let attachment = Attachment { pod: name, id: &id, netns: &path, capabilities: &capabilities };
     let start = Instant::now();
-    let added = chain(node, Verb::Add, name, &id, &path, None).await;
+    let added = chain(node, Verb::Add, &attachment, None).await;
     let took = start.elapsed();
     let address = added.and_then(|result| Ok((address_of(&result)?, result)));
     let (address, result) = match address {
         Ok(wired) => wired,
         Err(error) => {
             // As a runtime does after a failed ADD. The first error is the one to tell.
-            let _ = chain(node, Verb::Del, name, &id, &path, None).await;
+            let _ = chain(node, Verb::Del, &attachment, None).await;
             let _ = node.place().unmount(&path);
             return Err(error);
         }
@@ -109,9 +117,20 @@ pub async fn add(node: &Node, name: &str) -> Result<PodInfo> {
         netns: path.display().to_string(),
         add_ms: took.as_secs_f64() * 1e3,
     };
-    let pod = Pod { id, place, path, result, info: info.clone(), _reflector: reflector };
+    let pod = Pod { id, place, path, capabilities, result, info: info.clone(), _reflector: reflector };
     node.pods.lock().insert(name.to_owned(), pod);
     Ok(info)
+}
+
+/// Has every plugin look whether the sandbox is as it made it.
+pub async fn check(node: &Node, name: &str) -> Result<()> {
+    let (id, path, capabilities, result) = {
+        let pods = node.pods.lock();
+        let pod = pods.get(name).ok_or_else(|| Error::refused(format!("{} has no pod {name}", node.name)))?;
+        (pod.id.clone(), pod.path.clone(), pod.capabilities.clone(), pod.result.clone())
+    };
+    let attachment = Attachment { pod: name, id: &id, netns: &path, capabilities: &capabilities };
+    chain(node, Verb::Check, &attachment, Some(&result)).await.map(drop)
 }
 
 /// Has the plugins let go of the sandbox, then removes it. Returns how long the plugins took, in milliseconds.
@@ -119,7 +138,8 @@ pub async fn del(node: &Node, name: &str) -> Result<f64> {
     let pod = node.pods.lock().remove(name);
     let pod = pod.ok_or_else(|| Error::refused(format!("{} has no pod {name}", node.name)))?;
     let start = Instant::now();
-    let deleted = chain(node, Verb::Del, name, &pod.id, &pod.path, Some(&pod.result)).await;
+    let attachment = Attachment { pod: name, id: &pod.id, netns: &pod.path, capabilities: &pod.capabilities };
+    let deleted = chain(node, Verb::Del, &attachment, Some(&pod.result)).await;
     let took = start.elapsed();
     if let Err(error) = deleted {
         node.pods.lock().insert(name.to_owned(), pod);
@@ -140,15 +160,23 @@ fn sandbox_id(node: &str, name: &str) -> String {
     hex::encode(Sha256::digest(format!("{node}/{name}/{count}")))
 }
 
-/// Runs the plugins of the node's configuration: in order for ADD, in reverse for DEL.
-async fn chain(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, last: Option<&Value>) -> Result<Value> {
+/// The sandbox that a chain is run for.
+struct Attachment<'a> {
+    pod: &'a str,
+    id: &'a str,
+    netns: &'a Path,
+    capabilities: &'a Capabilities,
+}
+
+/// Runs the plugins of the node's configuration: in reverse for DEL, in order otherwise.
+async fn chain(node: &Node, verb: Verb, attachment: &Attachment<'_>, last: Option<&Value>) -> Result<Value> {
     let text = node.place().run(|| std::fs::read_to_string(CONFLIST))?.doing(|| format!("read {CONFLIST}"))?;
     let conflist: Value = serde_json::from_str(&text).doing(|| CONFLIST.into())?;
     let plugins = conflist["plugins"].as_array().cloned().unwrap_or_default();
     let mut result = last.cloned();
     let ordered: Vec<Value> = match verb {
         Verb::Del => plugins.into_iter().rev().collect(),
-        Verb::Add | Verb::Version => plugins,
+        Verb::Add | Verb::Check | Verb::Version => plugins,
     };
     for mut config in ordered {
         config["cniVersion"] = conflist["cniVersion"].clone();
@@ -156,10 +184,14 @@ async fn chain(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, last:
         if let Some(result) = &result {
             config["prevResult"] = result.clone();
         }
-        if config["capabilities"]["io.kubernetes.cri.pod-annotations"] == json!(true) {
-            config["runtimeConfig"] = json!({ "io.kubernetes.cri.pod-annotations": {} });
+        let annotations = ("io.kubernetes.cri.pod-annotations".to_owned(), json!({}));
+        let told: serde_json::Map<String, Value> = (attachment.capabilities.clone().into_iter().chain([annotations]))
+            .filter(|(capability, _)| config["capabilities"][capability] == json!(true))
+            .collect();
+        if !told.is_empty() {
+            config["runtimeConfig"] = Value::Object(told);
         }
-        let made = call(node, verb, pod, id, netns, &config).await?;
+        let made = call(node, verb, attachment, &config).await?;
         if verb == Verb::Add {
             result = Some(made);
         }
@@ -167,14 +199,15 @@ async fn chain(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, last:
     Ok(result.unwrap_or(Value::Null))
 }
 
-async fn call(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, config: &Value) -> Result<Value> {
+async fn call(node: &Node, verb: Verb, attachment: &Attachment<'_>, config: &Value) -> Result<Value> {
+    let Attachment { pod, id, netns, .. } = attachment;
     let kind = config["type"].as_str().unwrap_or_default().to_owned();
     let failed =
         |code, message: String| Error::Cni { verb: verb.name(), pod: format!("{}/{pod}", node.name), code, message };
     let mut child = node
         .place()
         .run_in_runtime(|| {
-            Command::from(plugin(Path::new(BIN_DIR), &kind, verb, pod, id, netns))
+            Command::from(plugin(&BIN_DIRS.map(Path::new), &kind, verb, pod, id, netns))
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
@@ -205,7 +238,7 @@ async fn call(node: &Node, verb: Verb, pod: &str, id: &str, netns: &Path, config
 
 /// The call of one plugin as containerd makes it; the configuration is to come by standard input.
 pub(crate) fn plugin(
-    bin_dir: &Path,
+    bin_dirs: &[&Path],
     kind: &str,
     verb: Verb,
     pod: &str,
@@ -217,7 +250,9 @@ pub(crate) fn plugin(
          K8S_POD_UID={}",
         uid(id)
     );
-    let mut command = std::process::Command::new(bin_dir.join(kind));
+    let places: Vec<PathBuf> = bin_dirs.iter().map(|dir| dir.join(kind)).collect();
+    let program = places.iter().find(|place| place.is_file()).or(places.first()).cloned().unwrap_or_default();
+    let mut command = std::process::Command::new(program);
     command
         .env_clear()
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
@@ -225,7 +260,7 @@ pub(crate) fn plugin(
         .env("CNI_CONTAINERID", id)
         .env("CNI_NETNS", netns)
         .env("CNI_IFNAME", IF_NAME)
-        .env("CNI_PATH", bin_dir)
+        .env("CNI_PATH", std::env::join_paths(bin_dirs).unwrap_or_default())
         .env("CNI_ARGS", args);
     command
 }

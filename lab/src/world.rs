@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use crate::cloud::Cloud;
-use crate::ctl::{DaemonAction, Entrance, NodeSpec, PodInfo, Probe, Request, Spec};
+use crate::ctl::{Called, DaemonAction, Entrance, NodeSpec, PodInfo, Probe, Request, Spec};
 use crate::error::{Doing, Error, Result, chain};
 use crate::fabric::{Fabric, Guest, IMDS, INTERNET_SERVER, plan};
 use crate::node::{Node, Programs};
@@ -377,6 +377,13 @@ impl World {
             .map_err(|_| Error::refused("the probe panicked; its message stands in the log"))?
     }
 
+    async fn call(&self, from: String, to: Vec<SocketAddrV4>) -> Result<Vec<Called>> {
+        let (place, _) = self.place(&from).await?;
+        tokio::task::spawn_blocking(move || probe::call(&place, &from, &to))
+            .await
+            .map_err(|_| Error::refused("the probe panicked; its message stands in the log"))?
+    }
+
     fn pods(&self) -> Vec<PodInfo> {
         self.lock(&self.nodes).values().flat_map(|node| node.pods.list()).collect()
     }
@@ -407,10 +414,15 @@ impl World {
                 json(())
             }
             Request::Daemon { node, action } => json(self.daemon(&node, action).await?),
-            Request::PodAdd { node, name } => json(runtime::add(&*self.node(&node)?, &name).await?),
+            Request::PodAdd { node, name } => json(runtime::add(&*self.node(&node)?, &name, BTreeMap::new()).await?),
+            Request::PodAddWith { node, name, capabilities } => {
+                json(runtime::add(&*self.node(&node)?, &name, capabilities).await?)
+            }
+            Request::PodCheck { node, name } => json(runtime::check(&*self.node(&node)?, &name).await?),
             Request::PodDel { node, name } => json(runtime::del(&*self.node(&node)?, &name).await?),
             Request::Pods => json(self.pods()),
             Request::Probe { from, to } => json(self.probe(&from, &to).await?),
+            Request::Call { from, to } => json(self.call(from, to).await?),
             Request::Down => std::process::exit(0),
         }
     }

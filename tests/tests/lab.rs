@@ -355,6 +355,58 @@ fn the_internet_sees_public_addresses_and_nothing_private() {
     assert!(drops(&mut lab).no_public > 0);
 }
 
+/// A group of its own, with no rule for what comes in.
+fn closed_group(lab: &Lab, name: &str) -> String {
+    let vpc = lab.info().vpc.id.clone();
+    let parameters = [("GroupName", name), ("GroupDescription", "a test's"), ("VpcId", vpc.as_str())];
+    element(&lab.ec2().call("CreateSecurityGroup", &parameters).unwrap(), "groupId").unwrap()
+}
+
+fn change_group(lab: &Lab, action: &str, group: &str, permission: &[(&str, &str)]) {
+    let named: Vec<(String, &str)> =
+        permission.iter().map(|(name, value)| (format!("IpPermissions.1.{name}"), *value)).collect();
+    let mut parameters = vec![("GroupId", group)];
+    parameters.extend(named.iter().map(|(name, value)| (name.as_str(), *value)));
+    lab.ec2().call(action, &parameters).unwrap();
+}
+
+#[test]
+fn security_groups_let_in_what_their_rules_say_and_changes_take_effect() {
+    let mut lab = start(&spec());
+    let (own, other) = (node(&mut lab, "node-1"), node(&mut lab, "node-2"));
+    let group = closed_group(&lab, "web");
+    let parameters = [("NetworkInterfaceId", own.enis[0].id.as_str()), ("SecurityGroupId.1", group.as_str())];
+    lab.ec2().call("ModifyNetworkInterfaceAttribute", &parameters).unwrap();
+    let heard = |lab: &mut Lab, from: &str, to: &str| {
+        let Probe { rtt_us, seen, seen_tcp, .. } = probe(lab, from, to);
+        (rtt_us.is_some(), seen.is_some(), seen_tcp.is_some())
+    };
+    assert_eq!(heard(&mut lab, "node-2", "node-1"), (false, false, false));
+    assert!(drops(&mut lab).denied > 0);
+    assert_eq!(heard(&mut lab, "node-1", "node-2"), (true, true, true), "what it began is answered");
+    assert_eq!(heard(&mut lab, "node-1", "internet"), (true, true, true));
+
+    // Only the group of the other machine, and only echoes.
+    let default = lab.view().unwrap().enis.iter().find(|eni| eni.id.as_str() == other.enis[0].id).unwrap().clone();
+    let members = default.security_groups[0].to_string();
+    let echoes = [("IpProtocol", "icmp"), ("FromPort", "8"), ("ToPort", "-1"), ("Groups.1.GroupId", members.as_str())];
+    change_group(&lab, "AuthorizeSecurityGroupIngress", &group, &echoes);
+    assert_eq!(heard(&mut lab, "node-2", "node-1"), (true, false, false));
+    assert_eq!(heard(&mut lab, "peer", "node-1"), (false, false, false), "not a member");
+
+    let tcp = [("IpProtocol", "tcp"), ("FromPort", "1"), ("ToPort", "65535"), ("IpRanges.1.CidrIp", "10.99.0.0/16")];
+    change_group(&lab, "AuthorizeSecurityGroupIngress", &group, &tcp);
+    assert_eq!(heard(&mut lab, "peer", "node-1"), (false, false, true));
+    assert_eq!(heard(&mut lab, "node-2", "node-1"), (true, false, false));
+
+    let everything = [("IpProtocol", "-1"), ("IpRanges.1.CidrIp", "0.0.0.0/0")];
+    change_group(&lab, "AuthorizeSecurityGroupIngress", &group, &everything);
+    assert_eq!(heard(&mut lab, "peer", "node-1"), (true, true, true));
+    change_group(&lab, "RevokeSecurityGroupEgress", &group, &everything);
+    assert_eq!(heard(&mut lab, "node-1", "peer"), (false, false, false), "nothing may begin here");
+    assert_eq!(heard(&mut lab, "node-2", "node-1"), (true, true, true), "and what began elsewhere is answered");
+}
+
 #[test]
 fn a_machine_can_come_later_and_go() {
     let mut lab = start(&spec());
@@ -438,7 +490,7 @@ fn pods_are_wired_by_the_nodes_plugin_as_a_runtime_would_call_it() {
     for call in &calls {
         assert_eq!(call[1].len(), 64);
         assert!(call[2].starts_with("/var/run/netns/cni-"));
-        assert_eq!((call[3], call[4]), ("eth0", "/opt/cni/bin"));
+        assert_eq!((call[3], call[4]), ("eth0", "/opt/cni/bin:/usr/lib/cni"));
         for part in ["K8S_POD_NAMESPACE=default", "K8S_POD_UID=", "K8S_POD_INFRA_CONTAINER_ID=", "IgnoreUnknown=1"] {
             assert!(call[5].contains(part), "{}", call[5]);
         }

@@ -298,3 +298,59 @@ fn aws_cli() -> Option<Aws> {
         if out.trim().is_empty() { Value::Null } else { serde_json::from_str(&out).unwrap() }
     }))
 }
+
+/// Whether each of these answers `from`: by echo, UDP and TCP, or by none.
+fn reach(lab: &mut Lab, from: &str, targets: &[&str]) -> Vec<bool> {
+    let probes = lab.probe(from, targets).unwrap();
+    probes
+        .into_iter()
+        .map(|probe| {
+            let heard = [probe.rtt_us.is_some(), probe.seen.is_some(), probe.seen_tcp.is_some()];
+            assert!(heard.iter().all(|one| *one == heard[0]), "{probe:?}");
+            heard[0]
+        })
+        .collect()
+}
+
+#[test]
+fn pods_are_under_the_groups_of_their_eni_and_under_those_of_the_eni_config() {
+    let custom = [("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true"), ("MANAGE_ENIS_NON_SCHEDULABLE", "true")];
+    let mut lab = start(vec![node("m5.large", &custom), node("m5.large", &[])]);
+    let vpc = lab.info().vpc.id.clone();
+    let parameters = [("GroupName", "pods"), ("GroupDescription", "of pods"), ("VpcId", vpc.as_str())];
+    let made = lab.ec2().call("CreateSecurityGroup", &parameters).unwrap();
+    let group = lab::api::element(&made, "groupId").unwrap();
+    let info: Info = lab.ask(&Request::Info).unwrap();
+    let subnet = info.nodes[0].enis[0].subnet.clone();
+    let state = format!(r#"{{"eni_config":{{"subnet":"{subnet}","security_groups":["{group}"]}}}}"#);
+    let script = format!("echo '{state}' > /var/run/aws-node/node-state.json");
+    lab.run("node-1", &["sh", "-c", &script]).unwrap();
+
+    let mut control = lab.connect().unwrap();
+    let failures = AtomicUsize::new(0);
+    let guarded = add_until_it_succeeds(&mut control, "node-1", "guarded", &failures);
+    let plain = add_until_it_succeeds(&mut control, "node-2", "plain", &failures);
+    let view = lab.view().unwrap();
+    let eni_of = |pod: &PodInfo| view.enis.iter().find(|eni| eni.holds(pod.address)).unwrap();
+    let groups_of = |pod: &PodInfo| eni_of(pod).security_groups.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(groups_of(&guarded), [group.as_str()], "the ENIConfig's");
+    assert_ne!(groups_of(&plain), [group.as_str()], "the ENI's own");
+    let plain_eni = eni_of(&plain).id.to_string();
+
+    let (guarded, plain) = ("node-1/guarded", "node-2/plain");
+    assert_eq!(reach(&mut lab, plain, &[guarded, "node-1"]), [false, true], "the pod is guarded, its node is not");
+    assert_eq!(reach(&mut lab, "node-2", &[guarded, plain]), [false, true]);
+    assert_eq!(reach(&mut lab, guarded, &[plain, "node-2", "internet"]), [true, true, true]);
+    let parameters = [
+        ("GroupId", group.as_str()),
+        ("IpPermissions.1.IpProtocol", "-1"),
+        ("IpPermissions.1.IpRanges.1.CidrIp", "10.0.0.0/16"),
+    ];
+    lab.ec2().call("AuthorizeSecurityGroupIngress", &parameters).unwrap();
+    assert_eq!(reach(&mut lab, plain, &[guarded]), [true], "a change takes effect");
+
+    lab.ec2().call("RevokeSecurityGroupIngress", &parameters).unwrap();
+    let parameters = [("NetworkInterfaceId", plain_eni.as_str()), ("SecurityGroupId.1", group.as_str())];
+    lab.ec2().call("ModifyNetworkInterfaceAttribute", &parameters).unwrap();
+    assert_eq!(reach(&mut lab, "node-1", &[plain]), [false], "so do other groups");
+}

@@ -7,9 +7,10 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::contest::Contest;
 use crate::ids::{EniId, SandboxId, Time};
 use crate::ledger::{LedgerState, Progress};
-use crate::naming::host_if_name;
+use crate::naming::host_if_of;
 use crate::ports::{EniStatus, EniView, KernelReport, PodsSeen};
 
 /// A comparison, with the age of what was compared.
@@ -67,6 +68,8 @@ pub enum FindingKind {
     PodNotWired,
     /// A pod route of the kernel belongs to no sandbox of the ledger.
     RouteWithoutPod,
+    /// Somebody else keeps changing something of ours in the kernel.
+    KernelContested,
 }
 
 impl FindingKind {
@@ -82,6 +85,7 @@ impl FindingKind {
             Self::EniNotProgrammed => "eni_not_programmed",
             Self::PodNotWired => "pod_not_wired",
             Self::RouteWithoutPod => "route_without_pod",
+            Self::KernelContested => "kernel_contested",
         }
     }
 }
@@ -94,6 +98,7 @@ pub struct Views<'v> {
     pub kernel: &'v PodsSeen,
     pub data_path: &'v KernelReport,
     pub veth_prefix: &'v str,
+    pub contests: &'v [Contest],
 }
 
 /// Every difference, worst first.
@@ -104,6 +109,7 @@ pub fn audit(views: &Views<'_>) -> Vec<Finding> {
         cloud_against_ledger(cloud, views.ledger, &mut findings);
     }
     kernel_against_ledger(views, &mut findings);
+    findings.extend(views.contests.iter().map(contested));
     findings.sort();
     findings
 }
@@ -191,6 +197,19 @@ fn cloud_against_ledger(cloud: &[EniView], ledger: &LedgerState, findings: &mut 
     }
 }
 
+fn contested(contest: &Contest) -> Finding {
+    Finding {
+        kind: FindingKind::KernelContested,
+        object: contest.object.clone(),
+        text: format!("put right {} times of late, and somebody has changed it back each time", contest.repairs),
+        repair:
+            "find who writes it (systemd-networkd, NetworkManager, firewalld, another agent) and make that leave it \
+                 alone; ipamd tries again every few minutes at the latest"
+                .to_owned(),
+        automatic: false,
+    }
+}
+
 fn kernel_against_ledger(views: &Views<'_>, findings: &mut Vec<Finding>) {
     let Views { ledger, kernel, data_path, veth_prefix, .. } = views;
     for (id, eni) in &ledger.enis {
@@ -213,11 +232,11 @@ fn kernel_against_ledger(views: &Views<'_>, findings: &mut Vec<Finding>) {
         if kernel.routes.contains(&allocation.address) {
             continue;
         }
-        let link = host_if_name(veth_prefix, &allocation.pod.namespace, &allocation.pod.name, 0);
+        let link = host_if_of(veth_prefix, &allocation.sandbox, &allocation.pod);
         let (text, repair, automatic) = match kernel.links.contains(&link) {
             true => (
                 format!("pod {} has its link {link} and no route on the node", allocation.pod),
-                "restart the pod".to_owned(),
+                "put back once the link is up; if it stays so, restart the pod".to_owned(),
                 false,
             ),
             false => (

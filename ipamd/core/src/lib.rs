@@ -8,6 +8,7 @@
 
 pub mod audit;
 pub mod bucket;
+pub mod contest;
 pub mod ids;
 pub mod ledger;
 pub mod limits;

@@ -1,6 +1,6 @@
 //! Names and addresses that are computed, not chosen: the same input always gives the same link name and MAC.
 
-use crate::ids::MacAddress;
+use crate::ids::{MacAddress, PodName, SandboxId};
 use sha1::{Digest, Sha1};
 
 /// Name of a pod's host interface: the prefix and 11 hex digits of SHA-1 over `namespace.pod`, or `namespace.pod.index`
@@ -20,6 +20,21 @@ pub fn host_if_name(prefix: &str, namespace: &str, pod: &str, index: u32) -> Str
     // Six bytes are twelve digits, one too many.
     name.pop();
     name
+}
+
+/// Name of the host interface of a sandbox of the ledger: by its pod, or by the sandbox itself where it is not a pod's first
+/// interface. The rule by which the plugin names it.
+pub fn host_if_of(prefix: &str, sandbox: &SandboxId, pod: &PodName) -> String {
+    if sandbox.if_name == "eth0" && !pod.namespace.is_empty() && !pod.name.is_empty() {
+        host_if_name(prefix, &pod.namespace, &pod.name, 0)
+    } else {
+        host_if_name(prefix, &sandbox.container_id, &sandbox.if_name, 0)
+    }
+}
+
+/// What the MACs of a sandbox's interface are derived from.
+pub fn seed(container_id: &str, pod_if: &str) -> String {
+    format!("{container_id}/{pod_if}")
 }
 
 /// A locally administered unicast MAC for one end of a sandbox's veth.

@@ -2,7 +2,7 @@
 //! `ipamd/kernel` makes it so; neither does the other's work.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
@@ -17,17 +17,80 @@ pub mod priority {
     pub const TO_PODS: u32 = 512;
     /// `fwmark 0x80/0x80 lookup main`: what leaves by the primary ENI because it is, or was, translated there.
     pub const TO_PRIMARY: u32 = 1024;
+    /// `to <cidr> lookup main`: destinations that only main knows the way to (AWS_EXTERNAL_SERVICE_CIDRS).
+    pub const TO_EXTERNAL: u32 = 1535;
     /// `fwmark <eni>/0x7f lookup <table>`: source routing, one rule per secondary ENI.
     pub const FROM_PODS: u32 = 1536;
     /// `from <eni address> lookup <table>`: the ENI's own address.
     pub const FROM_ENI: u32 = 32_765;
 }
 
-/// The mark that steers a packet to the primary ENI; also kept in the connection's mark. The add-on's value.
-pub const PRIMARY_MARK: u32 = 0x80;
+/// The bits of packets' and connections' marks that are ours.
+///
+/// What is others' is never touched: 0x4000 and 0x8000 are kube-proxy's, 0x2000 is the portmap plugin's, 0xffff0000
+/// Calico's, 0x0f00 Cilium's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marks {
+    /// Steers a packet to the primary ENI; also kept in the connection's mark (AWS_VPC_K8S_CNI_CONNMARK).
+    pub primary: u32,
+    /// The bits that name a secondary ENI.
+    pub eni_mask: u32,
+}
 
-/// The bits that name a secondary ENI. Clear of kube-proxy (0x4000, 0x8000), Calico (0xffff0000) and the add-on (0x80).
-pub const ENI_MARK_MASK: u32 = 0x7f;
+impl Marks {
+    /// Bits that no kube-proxy and no usual policy engine uses.
+    pub const FREE: u32 = 0x10ff;
+    /// As many as name every ENI of the largest machine.
+    const ENI_BITS: u32 = 7;
+    /// As few as name every ENI of a network card.
+    const LEAST_ENI_BITS: u32 = 5;
+
+    /// With this mark for the primary ENI; `None` if it takes others' bits or leaves too few for the ENIs.
+    pub fn new(primary: u32) -> Option<Self> {
+        let mut eni_mask = 0u32;
+        for bit in (0..u32::BITS).map(|shift| 1 << shift).filter(|bit| Self::FREE & !primary & bit != 0) {
+            if eni_mask.count_ones() < Self::ENI_BITS {
+                eni_mask |= bit;
+            }
+        }
+        let good = primary != 0 && primary & !Self::FREE == 0 && eni_mask.count_ones() >= Self::LEAST_ENI_BITS;
+        good.then_some(Self { primary, eni_mask })
+    }
+
+    /// All bits of ours.
+    pub fn mask(self) -> u32 {
+        self.primary | self.eni_mask
+    }
+
+    /// The mark of a secondary ENI: its number, its bits spread over those of the mask.
+    pub fn of_eni(self, number: u32) -> u32 {
+        let places = (0..u32::BITS).map(|shift| 1u32 << shift).filter(|bit| self.eni_mask & bit != 0);
+        places.enumerate().filter(|(position, _)| number >> position & 1 == 1).fold(0, |mark, (_, bit)| mark | bit)
+    }
+}
+
+/// The add-on's mark, 0x80, and the seven bits below it.
+impl Default for Marks {
+    fn default() -> Self {
+        Self { primary: 0x80, eni_mask: 0x7f }
+    }
+}
+
+/// The largest packets, in bytes, that ways out of the VPC are taken to carry. TCP between pods and the far side is
+/// held to them, so that nothing hangs where the ICMP messages that would say so are lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathMtus {
+    /// To the internet, and wherever else nothing better is known.
+    pub outside: u32,
+    /// To private networks that are excluded from translation: peered VPCs, also of other regions, and transit gateways.
+    pub peered: u32,
+}
+
+impl Default for PathMtus {
+    fn default() -> Self {
+        Self { outside: 1500, peered: 8500 }
+    }
+}
 
 /// Everything ipamd keeps in the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,13 +100,53 @@ pub struct NodePlan {
     pub enis: Vec<EniPlan>,
     /// Host ends of pods' veths start with this (4 characters at most).
     pub veth_prefix: String,
-    /// What leaves a pod for these is never translated: the VPC's CIDRs and the exclusions.
-    pub no_snat: Vec<Ipv4Net>,
+    /// The VPC's CIDRs. What leaves a pod for these is never translated.
+    pub vpc: Vec<Ipv4Net>,
+    /// Nor what leaves for these.
+    pub exclude_snat: Vec<Ipv4Net>,
+    /// Destinations that are looked up in main whatever the pod's ENI.
+    pub external_services: Vec<Ipv4Net>,
+    pub marks: Marks,
+    pub path_mtus: PathMtus,
+    /// Keep pods away from the instance metadata.
+    pub block_imds: bool,
     pub snat: Snat,
-    /// Keep replies of connections that entered by the primary ENI to a node address on the primary ENI.
+    /// Keep replies of connections that entered by an ENI to an address of the node on that ENI.
     pub node_port: bool,
     /// MTU of every ENI, the primary included, in bytes.
     pub mtu: u32,
+    /// What else is to be known at this look. Looks differ in it without the plan being another one.
+    pub look: Look,
+}
+
+/// What changes from look to look.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Look {
+    /// Pods of the ledger: where a pod's link stands without its host route, the route is put back.
+    pub pods: Vec<PodPlan>,
+    /// Addresses that pods have left since the last look: what the kernel remembers of their connections is forgotten,
+    /// so that the next pod does not inherit it.
+    pub left: BTreeSet<IpAddr>,
+    /// Objects that somebody else keeps changing back, as `Repair` names them: not touched this time.
+    pub let_be: BTreeSet<String>,
+}
+
+/// A pod as far as its host route is concerned.
+///
+/// The ledger alone must not make a route: on ADD it is ahead of the kernel (the pod has no link yet, or one of the same
+/// name is its predecessor's), on DEL it is behind (route and link are gone, the release is on its way). So a route is put
+/// back only by a link that is there, up, leads into another namespace, and is this very sandbox's, which its MAC proves.
+/// The route then cannot outlive the sandbox either: it goes with the link, whoever takes that away, and whenever.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodPlan {
+    pub address: IpAddr,
+    /// Name of the host link.
+    pub link: String,
+    /// The host link's MAC, where our plugin made it.
+    pub mac: MacAddress,
+    /// The link's name is proof enough: no other sandbox has it, and this one is long past its ADD. Pods that the add-on
+    /// wired have no MAC of ours.
+    pub settled: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +163,7 @@ pub struct EniPlan {
     pub address: Ipv4Addr,
     pub subnet: Ipv4Net,
     pub table: RouteTable,
-    /// Value under `ENI_MARK_MASK`.
+    /// Value under `Marks::eni_mask`.
     pub mark: u32,
     /// Addresses and prefixes whose packets must leave by this ENI.
     pub sources: BTreeSet<IpNet>,
@@ -90,4 +193,29 @@ pub enum PortChoice {
     Random,
     /// `none`: keep the source port where it is free.
     Keep,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::Marks;
+
+    #[test]
+    fn the_bits_of_enis_stay_clear_of_everybody_elses() {
+        let kube_proxy = 0x4000 | 0x8000;
+        let (portmap, calico, cilium) = (0x2000, 0xffff_0000, 0x0f00);
+        assert_eq!(Marks::new(0x80), Some(Marks::default()));
+        for primary in [0x80, 0x1, 0x10, 0x1000, 0x81, 0x7] {
+            let marks = Marks::new(primary).unwrap();
+            assert_eq!(marks.primary, primary);
+            assert_eq!(marks.eni_mask & (primary | kube_proxy | portmap | calico | cilium), 0, "{primary:#x}");
+            let named: BTreeSet<u32> = (1..=16).map(|number| marks.of_eni(number)).collect();
+            assert_eq!(named.len(), 16, "{primary:#x}: {named:x?}");
+            assert!(named.iter().all(|mark| *mark != 0 && mark & !marks.eni_mask == 0), "{primary:#x}: {named:x?}");
+        }
+        for refused in [0, 0x2000, 0x4000, 0x8000, 0x100, 0x1_0000, 0x8000_0080, 0xff, 0x3f] {
+            assert_eq!(Marks::new(refused), None, "{refused:#x}");
+        }
+    }
 }

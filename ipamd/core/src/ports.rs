@@ -329,6 +329,12 @@ pub trait Kernel: Send + Sync + 'static {
     /// the plan whose link has not appeared yet is named in the report; the others are programmed all the same.
     fn apply(&self, plan: &NodePlan) -> impl Future<Output = Result<KernelReport, Self::Error>> + Send;
 
+    /// Returns when something may have changed in the kernel that the plan speaks of, by whomever: a reason to look, and
+    /// no more. A body that cannot tell never returns.
+    fn changed(&self) -> impl Future<Output = Result<(), Self::Error>> + Send {
+        std::future::pending()
+    }
+
     /// The pods of this node as the kernel shows them.
     fn pods(&self) -> impl Future<Output = Result<PodsSeen, Self::Error>> + Send;
 }
@@ -350,8 +356,54 @@ pub struct KernelReport {
     pub programmed: BTreeSet<EniId>,
     /// ENIs whose link has not appeared.
     pub missing_links: BTreeSet<EniId>,
-    /// One sentence per thing that was not as planned and was put right.
-    pub repaired: Vec<String>,
+    /// What was not as planned and was put right.
+    pub repaired: Vec<Repair>,
+    /// What this kernel cannot do, a sentence each; said once.
+    pub lacking: Vec<String>,
+}
+
+/// Something in the kernel that was not as planned and was put right.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repair {
+    pub kind: RepairKind,
+    /// What it is: the same text each time, so that repeated repairs of one thing are known as such.
+    pub object: String,
+    /// One sentence.
+    pub text: String,
+    /// It was as planned at the last look, so somebody has changed it since. Otherwise the plan is what is new.
+    pub undone: bool,
+}
+
+/// Kinds of things in the kernel; also metric labels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RepairKind {
+    Link,
+    Address,
+    /// Of an ENI's table.
+    Route,
+    Rule,
+    Nftables,
+    Sysctl,
+    /// The host route of a pod.
+    PodRoute,
+    /// The node's own way out by the primary ENI, which its DHCP client made.
+    NodeRoute,
+}
+
+impl RepairKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Link => "link",
+            Self::Address => "address",
+            Self::Route => "route",
+            Self::Rule => "rule",
+            Self::Nftables => "nftables",
+            Self::Sysctl => "sysctl",
+            Self::PodRoute => "pod_route",
+            Self::NodeRoute => "node_route",
+        }
+    }
 }
 
 #[cfg(test)]

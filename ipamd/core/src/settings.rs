@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use reader::{Leniency, Reader, SettingError};
 
-use crate::netplan::{PRIMARY_MARK, PortChoice, Snat};
+use crate::netplan::{Marks, PathMtus, PortChoice, Snat};
 use crate::target::{Mode, Policy, WarmTargets};
 
 /// Name, default as text, and meaning of every variable that is read.
@@ -28,6 +28,15 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("AWS_VPC_K8S_CNI_EXTERNALSNAT", "false", "leave source translation to a NAT gateway"),
     ("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "", "comma-separated IPv4 CIDRs whose traffic is never translated"),
     ("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "prng", "port choice of source translation: prng, hashrandom or none"),
+    ("AWS_EXTERNAL_SERVICE_CIDRS", "", "comma-separated IPv4 CIDRs that pods of every ENI reach by the main table"),
+    (
+        "AWS_VPC_K8S_CNI_CONNMARK",
+        "0x80",
+        "mark of what leaves by the primary ENI; bits of 0x10ff, of which 5 stay free",
+    ),
+    ("FLATWIRE_OUTSIDE_MTU", "1500", "largest packet on ways out of the VPC; TCP of pods is held to it (576 to 9001)"),
+    ("FLATWIRE_PEERED_MTU", "8500", "the same for private CIDRs that are excluded from translation (576 to 9001)"),
+    ("FLATWIRE_BLOCK_IMDS", "false", "keep pods away from the instance metadata; pods on the host's network reach it"),
     ("AWS_VPC_CNI_NODE_PORT_SUPPORT", "true", "keep replies to node ports on the ENI they came in by"),
     ("AWS_VPC_ENI_MTU", "9001", "MTU of the ENIs in bytes (576 to 9001)"),
     ("AWS_VPC_K8S_CNI_VETHPREFIX", "eni", "host veth prefix, 1 to 4 characters that no link of the node begins with"),
@@ -54,8 +63,6 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "not supported yet: another node annotation that names the ENIConfig",
     ),
     ("ENI_CONFIG_LABEL_DEF", ENI_CONFIG_KEY, "not supported yet: another node label that names the ENIConfig"),
-    ("AWS_EXTERNAL_SERVICE_CIDRS", "", "not supported yet: CIDRs reached by the main table"),
-    ("AWS_VPC_K8S_CNI_CONNMARK", "0x80", "not supported yet: another mark for the primary ENI's connections"),
 ];
 
 /// Variables of the add-on that are accepted with any value and change nothing, and why.
@@ -80,6 +87,10 @@ pub struct Settings {
     pub cooldown_secs: u32,
     pub snat: Snat,
     pub exclude_snat: Vec<Ipv4Net>,
+    pub external_services: Vec<Ipv4Net>,
+    pub marks: Marks,
+    pub path_mtus: PathMtus,
+    pub block_imds: bool,
     pub node_port: bool,
     pub mtu: u32,
     pub veth_prefix: String,
@@ -144,6 +155,13 @@ impl Settings {
             cooldown_secs: r.strict_number("IP_COOLDOWN_PERIOD", 0, 86_400, 30),
             snat: if external { Snat::External } else { Snat::ToPrimary(port_choice) },
             exclude_snat: cidrs(r, "AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS"),
+            external_services: cidrs(r, "AWS_EXTERNAL_SERVICE_CIDRS"),
+            marks: marks(r),
+            path_mtus: PathMtus {
+                outside: r.strict_number("FLATWIRE_OUTSIDE_MTU", 576, 9001, PathMtus::default().outside),
+                peered: r.strict_number("FLATWIRE_PEERED_MTU", 576, 9001, PathMtus::default().peered),
+            },
+            block_imds: r.flag("FLATWIRE_BLOCK_IMDS", false),
             node_port: r.flag("AWS_VPC_CNI_NODE_PORT_SUPPORT", true),
             mtu: r.strict_number("AWS_VPC_ENI_MTU", 576, 9001, 9001),
             veth_prefix: veth_prefix(r),
@@ -190,10 +208,25 @@ fn not_supported<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) {
         let what = "the ENIConfig of a node is found by the default key only";
         r.unsupported(variable, ENI_CONFIG_KEY, what, |value| value == ENI_CONFIG_KEY);
     }
-    r.unsupported("AWS_EXTERNAL_SERVICE_CIDRS", "", "every destination takes the way of its pod's ENI", |_| false);
-    r.unsupported("AWS_VPC_K8S_CNI_CONNMARK", "0x80", "the mark is fixed", |value| {
-        number_of_any_base(value) == Some(PRIMARY_MARK)
-    });
+}
+
+/// A number that cannot be read, or is no mark, is 0x80 to the add-on; bits that belong to others it does not look at.
+fn marks<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> Marks {
+    let variable = "AWS_VPC_K8S_CNI_CONNMARK";
+    let Some(value) = r.text(variable) else { return Marks::default() };
+    match number_of_any_base(&value).filter(|mark| *mark != 0) {
+        None => r.refuse(variable, &value, "a number above 0 and below 2^32, such as 0x80", "0x80"),
+        Some(mark) => match Marks::new(mark) {
+            Some(marks) => return marks,
+            None => r.refuse_always(
+                variable,
+                &value,
+                "bits of 0x10ff, of which 5 must stay free for the ENIs; 0x4000 and 0x8000 are kube-proxy's, 0x2000 \
+                 portmap's, 0xffff0000 Calico's and 0x0f00 Cilium's",
+            ),
+        },
+    }
+    Marks::default()
 }
 
 /// As Go's `strconv.ParseInt(value, 0, …)`: 128, 0x80, 0o200, 0200, 0b10000000.
@@ -366,15 +399,30 @@ mod tests {
             ("POD_SECURITY_GROUP_ENFORCING_MODE", "strict", "standard"),
             ("ENI_CONFIG_ANNOTATION_DEF", "k8s.amazonaws.com/eniConfig", "example.com/net"),
             ("ENI_CONFIG_LABEL_DEF", "", "topology.kubernetes.io/zone"),
-            ("AWS_EXTERNAL_SERVICE_CIDRS", "", "192.0.2.0/24"),
-            ("AWS_VPC_K8S_CNI_CONNMARK", "128", "0x100"),
-            ("AWS_VPC_K8S_CNI_CONNMARK", "0x80", "eighty"),
         ] {
             assert!(parse(&[(variable, default)]).is_ok(), "{variable}={default}");
             let text = parse(&[(variable, asked)]).unwrap_err()[0].to_string();
             assert!(text.starts_with(variable) && text.contains("not supported by this version"), "{text}");
             let (_, said) = leniently(&[(variable, asked)]).unwrap();
             assert!(said.len() == 1 && said[0].contains("is used instead"), "{said:?}");
+        }
+    }
+
+    #[test]
+    fn a_mark_is_honoured_as_written_and_refused_where_it_is_somebody_elses() {
+        for (value, mark) in [("", 0x80), ("0x80", 0x80), ("128", 0x80), ("0o200", 0x80), ("1", 1), ("0x1000", 0x1000)]
+        {
+            let s = parse(&[("AWS_VPC_K8S_CNI_CONNMARK", value)]).unwrap();
+            assert_eq!((s.marks.primary, s.marks.eni_mask & mark), (mark, 0), "{value}");
+        }
+        for unreadable in ["eighty", "0", "-1", "0x100000000"] {
+            assert!(parse(&[("AWS_VPC_K8S_CNI_CONNMARK", unreadable)]).is_err(), "{unreadable}");
+            let (s, said) = leniently(&[("AWS_VPC_K8S_CNI_CONNMARK", unreadable)]).unwrap();
+            assert_eq!((s.marks.primary, said.len()), (0x80, 1), "{unreadable}");
+        }
+        for others in ["0x4000", "0x8000", "0x10000", "0x100", "0xffffffff"] {
+            let errors = leniently(&[("AWS_VPC_K8S_CNI_CONNMARK", others)]).unwrap_err();
+            assert!(errors[0].to_string().contains("kube-proxy's"), "{others}: {}", errors[0]);
         }
     }
 

@@ -9,8 +9,10 @@
 //! Nothing here decides what the data path should be; plans and addresses come in as values.
 
 mod address;
+mod apply;
 mod batch;
 mod check;
+mod conntrack;
 pub mod error;
 mod link;
 mod netlink;
@@ -23,6 +25,7 @@ mod route;
 mod rule;
 mod ruleset;
 mod sysctl;
+mod watch;
 
 pub use address::LinkAddress;
 pub use batch::Batch;

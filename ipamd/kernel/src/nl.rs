@@ -54,6 +54,9 @@ impl<M> Request<M> {
 /// What became of one request of a batch: the messages that answered it, or the kernel's refusal.
 pub(crate) type Outcome<M> = Result<Vec<M>, KernelError>;
 
+/// A message that was not asked for, not parsed.
+pub(crate) type Told = (NetlinkHeader, Vec<u8>);
+
 /// What netlink-packet-* messages can do.
 pub(crate) trait Message: NetlinkSerializable + NetlinkDeserializable + Debug + Clone {}
 impl<M: NetlinkSerializable + NetlinkDeserializable + Debug + Clone> Message for M {}
@@ -232,6 +235,32 @@ impl Socket {
         }
     }
 
+    /// From here on this socket hears what the kernel tells these groups.
+    pub fn join(&mut self, groups: &[u32]) -> Result<(), KernelError> {
+        // Without an address of its own it would pass for the kernel's, whose own words it is not told.
+        let bound = self.socket.bind_auto().map(drop);
+        bound
+            .and_then(|()| groups.iter().try_for_each(|group| self.socket.add_membership(*group)))
+            .map_err(|source| KernelError::Open { source })
+    }
+
+    /// The next thing the kernel told a group, as type and content of its messages; `None` while there is none. What was
+    /// told while nobody listened, and did not fit, is an error with ENOBUFS.
+    pub fn heard(&mut self) -> io::Result<Option<Vec<Told>>> {
+        match self.receive_now() {
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+            Err(e) => Err(e),
+            Ok(()) => {
+                let messages = parse_datagram::<Raw>(&self.buffer).map_err(io::Error::other)?;
+                let inner = |(header, payload)| match payload {
+                    NetlinkPayload::InnerMessage(Raw(bytes)) => Some((header, bytes)),
+                    _ => None,
+                };
+                Ok(Some(messages.into_iter().filter_map(inner).collect()))
+            }
+        }
+    }
+
     /// Puts one message behind the others, aligned, and returns its sequence number.
     fn append<M: Message>(&mut self, bytes: &mut Vec<u8>, message: M, flags: u16) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
@@ -290,7 +319,7 @@ impl Socket {
     }
 
     /// Waits for the next datagram. Registered with the runtime only while waiting, which hardly ever happens.
-    async fn readable(&self) -> io::Result<()> {
+    pub async fn readable(&self) -> io::Result<()> {
         // tokio's AsyncFd can no longer be made in safe code. Of its own types this one takes any descriptor, and only
         // its readiness is used here.
         let descriptor = self.socket.as_fd().try_clone_to_owned()?;

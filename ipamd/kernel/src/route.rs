@@ -211,6 +211,13 @@ pub(crate) fn replace_route(route: &Route) -> RouteRequest {
     )
 }
 
+/// A route as the kernel once showed it, for the case that it is not there any more.
+pub(crate) fn add_again(message: &RouteMessage) -> RouteRequest {
+    let what = Route::parse(message).map_or_else(|| "a route".to_owned(), |route| format!("route {route}"));
+    let message = RouteNetlinkMessage::NewRoute(message.clone());
+    RouteRequest::new(format!("add {what} again"), message, NLM_F_CREATE | NLM_F_EXCL)
+}
+
 /// Matches by destination, table, link and gateway; the scope and protocol do not matter.
 pub(crate) fn delete_route(route: &Route) -> RouteRequest {
     let mut message = route.message();
@@ -271,15 +278,18 @@ impl Netlink {
 
     /// As `routes`, for the family of an address.
     pub(crate) async fn routes_of(&self, like: IpAddr) -> Result<Vec<Route>, KernelError> {
+        Ok(self.route_messages(like).await?.iter().filter_map(Route::parse).collect())
+    }
+
+    /// As `routes_of`, with all that the kernel says of each.
+    pub(crate) async fn route_messages(&self, like: IpAddr) -> Result<Vec<RouteMessage>, KernelError> {
         let mut wanted = RouteMessage::default();
         wanted.header.address_family = family(like);
         let messages = self.dump("list routes", RouteNetlinkMessage::GetRoute(wanted)).await?;
-        Ok(messages
-            .iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewRoute(route) => Route::parse(route),
-                _ => None,
-            })
-            .collect())
+        let route = |message| match message {
+            RouteNetlinkMessage::NewRoute(route) => Some(route),
+            _ => None,
+        };
+        Ok(messages.into_iter().filter_map(route).collect())
     }
 }

@@ -68,7 +68,8 @@ impl Rule {
     }
 
     pub fn to(mut self, net: IpNet) -> Self {
-        self.to = Some(net);
+        // A rule to anywhere is one without a destination; so the kernel tells it.
+        self.to = Some(net).filter(|net| net.prefix_len() > 0);
         self
     }
 

@@ -1,7 +1,8 @@
 //! The node's nftables table, computed from the plan: which ENI a pod's packet leaves by, and what is translated.
 //!
-//! Two marks steer. 0x80 sends a packet to the primary ENI (rule 1024); the bits 0x7f name a secondary ENI (rule 1536).
-//! 0x80 is also kept in the connection, so that every later packet of it goes the same way.
+//! Two kinds of marks steer (`Marks`). The primary's, 0x80 by default, sends a packet to the primary ENI (rule 1024); the
+//! bits beside it name a secondary ENI (rule 1536). Both are also kept in the connection where a later packet of it must
+//! go the same way.
 //!
 //! Invariant: a connection from a pod is steered to the primary ENI exactly when it is translated to its address. Both
 //! hang on one decision, taken once, on the connection's first packet, and remembered in the connection's mark (test
@@ -9,29 +10,33 @@
 //!
 //! | packet | what happens |
 //! |---|---|
-//! | first of a connection, pod → outside | `steer` sets 0x80 on connection and packet; `source-nat` translates |
-//! | later ones, pod → outside | `steer` restores 0x80; conntrack translates |
+//! | first of a connection, pod → outside | `steer` sets the primary's mark on connection and packet; `source-nat` translates |
+//! | later ones, pod → outside | `steer` restores the mark; conntrack translates |
 //! | pod → VPC, or excluded | `steer` sets the ENI's bits by source; no translation |
 //! | pod → service | kube-proxy's DNAT (−100) came first, so the decision (−90) sees the real destination |
-//! | reply of a pod to whoever called it | not the first packet, so never 0x80 by decision: the ENI's bits, by which it was called |
-//! | outside → node address (NodePort, host port) | `node-port` sets 0x80 on the connection; the pod's reply is restored to it and leaves by the primary ENI, whose address it gets back |
+//! | reply of a pod to whoever called it | not the first packet, so never the primary's by decision: the ENI's bits, by which it was called |
+//! | outside → an address of the node (NodePort, host port) | `came-in` notes on the connection by which ENI; the reply is restored to that ENI, whose address it gets back, whether a pod here, a pod of another node or the host itself answers |
 //! | pod → node, pod → pod here | bits are set and do not matter: tables local and rule 512 come first |
 //! | node → anywhere | does not come in by a pod's link: untouched |
-//! | no conntrack entry (invalid) | the ENI's bits; never 0x80 |
+//! | no conntrack entry (invalid) | the ENI's bits; never the primary's |
+//! | destination of AWS_EXTERNAL_SERVICE_CIDRS | main decides (rule 1535); where that is the primary ENI and the pod another's, `source-nat` translates |
 //!
 //! The add-on decides in a nat chain, which the kernel skips once kube-proxy's DNAT has taken the connection; a service
 //! with endpoints outside the VPC is then not translated. A filter chain that asks for the first packet has no such gap.
 //! Like the add-on, and unlike a rule bound to the primary link, `source-nat` translates what carries the mark wherever main
 //! sends it, so destinations behind a tunnel of the node keep working.
 //!
-//! The map leads to a chain per ENI and not to a mark: merging a looked-up value into the other bits of the mark needs
+//! Maps lead to a chain per ENI and not to a mark: merging a looked-up value into the other bits of the mark needs
 //! an operation on two registers, which kernels before 6.13 lack.
+//!
+//! `pass` holds pods' TCP to what ways out of the VPC carry, both ways, since an opening tells the far side how much to
+//! send at once; and keeps pods away from the instance metadata where that is asked for.
 //!
 //! IPv4 only: IPv6 pods all are on the primary ENI and nothing is translated.
 
-use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
-use flatwire_core::netplan::{ENI_MARK_MASK, NodePlan, PRIMARY_MARK, PortChoice, Snat};
+use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, Snat};
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::nft::{Chain, Family, Hook, Map, Ports, Rule, Set, Table};
@@ -39,65 +44,169 @@ use crate::nft::{Chain, Family, Hook, Map, Ports, Rule, Set, Table};
 pub(crate) const FAMILY: Family = Family::Ip;
 pub(crate) const TABLE: &str = "flatwire";
 
+const VPC: &str = "vpc";
 const NO_SNAT: &str = "no-snat";
+const PEERED: &str = "peered";
 const POD_ENI: &str = "pod-eni";
-const TO_PRIMARY: &str = "to-primary";
+const ENI_OF_LINK: &str = "eni-of-link";
+const WAY_BACK: &str = "way-back";
+const DECIDE_PRIMARY: &str = "to-primary";
+const RESTORE_PRIMARY: &str = "again-primary";
+const OPENINGS: &str = "openings";
+const IN_BY_PRIMARY: &str = "in-primary";
 
 /// iptables' mangle.
 const BEFORE_DNAT: i32 = -150;
 /// kube-proxy's DNAT is at -100.
 const AFTER_DNAT: i32 = -90;
 const SOURCE_NAT: i32 = 100;
+/// iptables' mangle: before whoever filters what is forwarded.
+const BEFORE_FILTERS: i32 = -150;
 
 /// Branch ENIs of the add-on's security groups for pods: their packets leave as they are.
 const BRANCH_LINKS: &str = "vlan";
 
-/// The whole table. `primary` is the present name of the primary ENI's link.
-pub(crate) fn table(plan: &NodePlan, primary: &str) -> Table {
+const IMDS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+
+/// Headers of IPv4 and TCP without options: what of the MTU is not the segment.
+const HEADER_BYTES: u32 = 40;
+
+/// The whole table. `primary` is the present name of the primary ENI's link, `links` those of the secondary ENIs that
+/// have appeared.
+pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
+    let marks = plan.marks;
+    let untranslated = plan.vpc.iter().chain(&plan.exclude_snat).copied();
+    let ways = plan.enis.iter().map(|eni| (eni.mark, eni_chain(eni.mark)));
     let mut table = Table::new(FAMILY, TABLE)
-        .set(Set::addresses(NO_SNAT).networks(plan.no_snat.iter().copied()))
-        .map(Map::to_chains(POD_ENI, sources(plan)));
+        .set(Set::addresses(NO_SNAT).networks(untranslated))
+        .set(Set::addresses(VPC).networks(plan.vpc.iter().copied()))
+        .set(Set::addresses(PEERED).networks(peered(plan)))
+        .map(Map::to_chains(POD_ENI, sources(plan)))
+        .map(Map::of_marks(WAY_BACK, ways.chain([(marks.primary, RESTORE_PRIMARY.to_owned())])));
     if plan.node_port {
+        table = came_in(table, plan, primary, links);
+    }
+    for eni in &plan.enis {
         table = table.chain(
-            Chain::filter("node-port", Hook::Prerouting, BEFORE_DNAT)
-                .rule(Rule::new().iifname(primary).destination_local().ct_mark_set(PRIMARY_MARK)),
+            Chain::regular(eni_chain(eni.mark))
+                .rule(Rule::new().mark_replace(marks.eni_mask, eni.mark).comment(eni.id.to_string())),
         );
     }
-    for mark in plan.enis.iter().map(|eni| (eni.mark, &eni.id)).collect::<BTreeMap<_, _>>() {
-        let (mark, id) = mark;
-        table = table.chain(
-            Chain::regular(eni_chain(mark)).rule(Rule::new().mark_replace(ENI_MARK_MASK, mark).comment(id.to_string())),
-        );
-    }
-    table = table.chain(steer(plan));
+    table = table
+        .chain(Chain::regular(RESTORE_PRIMARY).rule(Rule::new().mark_set(marks.primary)))
+        .chain(steer(plan))
+        // Answers of the host itself: the way is chosen before the address by which it was called is put back.
+        .chain(
+            Chain::route("host-replies", BEFORE_DNAT)
+                .rule(Rule::new().ct_reply().goto_by_ct_mark(marks.eni_mask, WAY_BACK)),
+        )
+        .chain(openings(plan))
+        .chain(pass(plan));
     // Without any nat chain in the namespace the kernel stops translating the connections it already translates, so this
     // one stands, empty, where nothing new is translated.
     let mut source_nat = Chain::nat("source-nat", Hook::Postrouting, SOURCE_NAT);
     if let Snat::ToPrimary(ports) = plan.snat {
+        let snat = |rule: Rule| rule.counter().snat(plan.primary.address, port_choice(ports));
         table = table.chain(
-            Chain::regular(TO_PRIMARY).rule(Rule::new().ct_mark_set(PRIMARY_MARK).mark_set(PRIMARY_MARK).counter()),
+            Chain::regular(DECIDE_PRIMARY)
+                .rule(Rule::new().ct_mark_replace(marks.mask(), marks.primary).mark_set(marks.primary).counter()),
         );
-        source_nat = source_nat.rule(
-            Rule::new()
-                .mark_has(PRIMARY_MARK)
-                .oifname_prefix_not(BRANCH_LINKS)
-                .counter()
-                .snat(plan.primary.address, port_choice(ports)),
-        );
+        source_nat = source_nat.rule(snat(Rule::new().mark_has(marks.primary).oifname_prefix_not(BRANCH_LINKS)));
+        if !plan.external_services.is_empty() {
+            source_nat = source_nat.rule(snat(Rule::new().oifname(primary).mark_has_any(marks.eni_mask)));
+        }
     }
     table.chain(source_nat)
 }
 
+/// By which ENI a connection to an address of the node came in.
+fn came_in(mut table: Table, plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
+    let marks = plan.marks;
+    let note = |name: String, mark| {
+        Chain::regular(name).rule(Rule::new().ct_original().destination_local().ct_mark_replace(marks.mask(), mark))
+    };
+    let mut by_link = vec![(primary.to_owned(), IN_BY_PRIMARY.to_owned())];
+    table = table.chain(note(IN_BY_PRIMARY.to_owned(), marks.primary));
+    for (link, eni) in links {
+        let chain = format!("in-{}", eni.mark);
+        by_link.push((link.clone(), chain.clone()));
+        table = table.chain(note(chain, eni.mark));
+    }
+    table
+        .map(Map::of_links(ENI_OF_LINK, by_link))
+        .chain(Chain::filter("came-in", Hook::Prerouting, BEFORE_DNAT).rule(Rule::new().goto_by_input(ENI_OF_LINK)))
+}
+
 fn steer(plan: &NodePlan) -> Chain {
+    let marks = plan.marks;
     let mut chain = Chain::filter("steer", Hook::Prerouting, AFTER_DNAT)
-        .rule(Rule::new().iifname_prefix_not(&plan.veth_prefix).accept())
+        .rule(Rule::new().iifname_prefix_not(&plan.veth_prefix).ct_original().accept())
         // Also where nothing is translated any more: connections made while it was still are, to their end.
-        .rule(Rule::new().ct_mark_has(PRIMARY_MARK).mark_set(PRIMARY_MARK).accept());
+        .rule(Rule::new().goto_by_ct_mark(marks.mask(), WAY_BACK))
+        .rule(Rule::new().iifname_prefix_not(&plan.veth_prefix).accept());
     if matches!(plan.snat, Snat::ToPrimary(_)) {
-        chain = chain
-            .rule(Rule::new().ct_unconfirmed().destination_not_in(NO_SNAT).destination_not_local().goto(TO_PRIMARY));
+        chain = chain.rule(
+            Rule::new().ct_unconfirmed().destination_not_in(NO_SNAT).destination_not_local().goto(DECIDE_PRIMARY),
+        );
     }
     chain.rule(Rule::new().goto_by_source(POD_ENI))
+}
+
+/// What passes between pods and others.
+fn pass(plan: &NodePlan) -> Chain {
+    let mut chain = Chain::filter("pass", Hook::Forward, BEFORE_FILTERS);
+    if plan.block_imds {
+        chain = chain.rule(Rule::new().iifname_prefix(&plan.veth_prefix).destination(IMDS).counter().reject());
+    }
+    chain.rule(Rule::new().tcp_syn().goto(OPENINGS))
+}
+
+/// Packets that open TCP connections.
+fn openings(plan: &NodePlan) -> Chain {
+    let pods = plan.veth_prefix.as_str();
+    let (outside, peered) = (segment(plan.path_mtus.outside), segment(plan.path_mtus.peered));
+    Chain::regular(OPENINGS)
+        .rule(Rule::new().iifname_prefix(pods).destination_in(PEERED).mss_at_most(peered).accept())
+        .rule(Rule::new().oifname_prefix(pods).source_in(PEERED).mss_at_most(peered).accept())
+        .rule(Rule::new().iifname_prefix(pods).destination_not_in(VPC).mss_at_most(outside))
+        .rule(Rule::new().oifname_prefix(pods).source_not_in(VPC).mss_at_most(outside))
+}
+
+fn segment(mtu: u32) -> u16 {
+    u16::try_from(mtu.saturating_sub(HEADER_BYTES)).unwrap_or(u16::MAX)
+}
+
+/// Exclusions that are private networks outside the VPC. An exclusion of everything, by which some turn translation off,
+/// says nothing of the way to the internet.
+fn peered(plan: &NodePlan) -> Vec<Ipv4Net> {
+    const PRIVATE: [Ipv4Net; 4] = [
+        Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
+        Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
+        Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
+        Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
+    ];
+    let mut outside = Vec::new();
+    for net in plan.exclude_snat.iter().filter(|net| PRIVATE.iter().any(|private| private.contains(*net))) {
+        // Of an exclusion around the VPC only what is not the VPC.
+        let mut rest = vec![*net];
+        for vpc in &plan.vpc {
+            rest = rest.into_iter().flat_map(|net| without(net, *vpc)).collect();
+        }
+        outside.extend(rest);
+    }
+    outside
+}
+
+/// What of a network is not in the other.
+fn without(net: Ipv4Net, other: Ipv4Net) -> Vec<Ipv4Net> {
+    if other.contains(&net) {
+        return Vec::new();
+    }
+    if !net.contains(&other) {
+        return vec![net];
+    }
+    let halves = net.subnets(net.prefix_len() + 1).into_iter().flatten();
+    halves.flat_map(|half| without(half, other)).collect()
 }
 
 fn sources(plan: &NodePlan) -> Vec<(Ipv4Net, String)> {
@@ -120,5 +229,21 @@ fn port_choice(choice: PortChoice) -> Ports {
         PortChoice::FullyRandom => Ports::FullyRandom,
         PortChoice::Random => Ports::Random,
         PortChoice::Keep => Ports::Keep,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without;
+
+    #[test]
+    fn a_network_without_another_is_the_rest_of_it() {
+        let cut = |net: &str, other: &str| -> Vec<String> {
+            without(net.parse().unwrap(), other.parse().unwrap()).iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(cut("10.0.0.0/14", "10.1.0.0/16"), ["10.0.0.0/16", "10.2.0.0/15"]);
+        assert!(cut("10.0.0.0/16", "10.0.0.0/16").is_empty());
+        assert!(cut("10.1.0.0/16", "10.0.0.0/8").is_empty());
+        assert_eq!(cut("10.1.0.0/16", "10.2.0.0/16"), ["10.1.0.0/16"]);
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{add_netns, await_carrier, exchange, in_testbed, sh, udp_in, v4};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
 use flatwire_core::ports::Kernel;
 use flatwire_kernel::nft::{Chain, Family, Hook, Map, Nft, Ports, Rule, Set, Table};
 use flatwire_kernel::{NodeKernel, Route};
@@ -22,10 +22,16 @@ fn plan(enis: Vec<EniPlan>) -> NodePlan {
         },
         enis,
         veth_prefix: "eni".to_owned(),
-        no_snat: vec!["10.0.0.0/16".parse().expect("a net"), "100.64.0.0/10".parse().expect("a net")],
+        vpc: vec!["10.0.0.0/16".parse().expect("a net")],
+        exclude_snat: vec!["100.64.0.0/10".parse().expect("a net")],
+        external_services: Vec::new(),
+        marks: Marks::default(),
+        path_mtus: PathMtus::default(),
+        block_imds: false,
         snat: Snat::ToPrimary(PortChoice::FullyRandom),
         node_port: true,
         mtu: 1500,
+        look: Look::default(),
     }
 }
 
@@ -84,7 +90,7 @@ fn the_nodes_table_is_the_golden_one() {
         }),
         ("exclude-all", |plan| {
             plan.snat = Snat::ToPrimary(PortChoice::Keep);
-            plan.no_snat = vec!["0.0.0.0/0".parse().expect("a net")];
+            plan.exclude_snat = vec!["0.0.0.0/0".parse().expect("a net")];
             plan.enis.clear();
         }),
     ];
@@ -223,5 +229,46 @@ fn a_router_drops_foreign_sources_and_translates_one_to_one() {
         caller.send_to(b"hello", (v4("203.0.113.5"), 700)).unwrap();
         let mut buffer = [0; 16];
         assert_eq!(assigned.recv_from(&mut buffer).unwrap().1.ip(), v4("198.51.100.1"));
+    });
+}
+
+/// What `ip` and nft count of rules and of the elements of sets and maps.
+fn counted() -> (usize, usize, usize) {
+    let listed: Value = serde_json::from_str(&sh("nft -j list ruleset")).expect("nft prints JSON");
+    let objects = listed["nftables"].as_array().expect("a list");
+    let rules = objects.iter().filter(|object| object.get("rule").is_some()).count();
+    let elements = |object: &Value| {
+        ["set", "map"].iter().filter_map(|kind| object[*kind]["elem"].as_array()).map(Vec::len).sum::<usize>()
+    };
+    let policy: Value = serde_json::from_str(&sh("ip -j rule")).expect("ip prints JSON");
+    (policy.as_array().expect("a list").len(), rules, objects.iter().map(elements).sum())
+}
+
+#[test]
+fn rules_are_as_many_with_500_pods_as_with_10() {
+    in_testbed(|| async {
+        sh("ip link add ens5 address 02:00:00:00:00:10 type veth peer name x");
+        for number in [1, 2] {
+            sh(&format!("ip link add ens{number}x address 02:00:00:00:01:{number:02x} type veth peer name y{number}"));
+        }
+        let kernel = NodeKernel::open().unwrap();
+        let mut counts = Vec::new();
+        for pods in [10u32, 500] {
+            // Every other address, so that no two are one element.
+            let enis = [1, 2].map(|number| {
+                let mut eni = eni(number, &[]);
+                eni.sources = (0..pods / 2)
+                    .map(|n| format!("10.0.{}.{}/32", number * 10 + n / 100, n % 100 * 2).parse().expect("a net"))
+                    .collect();
+                eni
+            });
+            kernel.apply(&plan(enis.to_vec())).await.unwrap();
+            counts.push(counted());
+        }
+        let [(policy, rules, few), (policy_then, rules_then, many)] = [counts[0], counts[1]];
+        assert_eq!((policy_then, rules_then), (policy, rules), "{counts:?}");
+        assert_eq!(many - few, 490, "an element a pod, and nothing else: {counts:?}");
+        // Three of the kernel's own, two of the node, two per secondary ENI.
+        assert_eq!(policy, 3 + 2 + 2 * 2, "{}", sh("ip rule"));
     });
 }

@@ -12,8 +12,8 @@ use std::net::UdpSocket;
 
 use common::{add_netns, await_carrier, exchange, in_testbed, ip, sh, udp, udp_in, v4};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, PrimaryPlan, Snat};
-use flatwire_core::ports::Kernel;
+use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::ports::{Kernel, Repair};
 use flatwire_kernel::pod::{PodWiring, host_if_name, unwire, wire};
 use flatwire_kernel::{Netns, NodeKernel};
 
@@ -66,10 +66,16 @@ fn plan() -> NodePlan {
             sources: ["10.0.1.21/32", "10.0.1.32/28"].into_iter().map(|s| s.parse().expect("a net")).collect(),
         }],
         veth_prefix: "eni".to_owned(),
-        no_snat: vec!["10.0.0.0/16".parse().expect("a net"), "192.168.0.0/24".parse().expect("a net")],
+        vpc: vec!["10.0.0.0/16".parse().expect("a net")],
+        exclude_snat: vec!["192.168.0.0/24".parse().expect("a net")],
+        external_services: Vec::new(),
+        marks: Marks::default(),
+        path_mtus: PathMtus::default(),
+        block_imds: false,
         snat: Snat::ToPrimary(PortChoice::FullyRandom),
         node_port: true,
         mtu: 9001,
+        look: Look::default(),
     }
 }
 
@@ -154,11 +160,11 @@ fn a_second_run_changes_nothing() {
         kernel.apply(&plan()).await.unwrap();
         let before = node_snapshot();
         for _ in 0..2 {
-            assert_eq!(kernel.apply(&plan()).await.unwrap().repaired, Vec::<String>::new());
+            assert_eq!(kernel.apply(&plan()).await.unwrap().repaired, []);
         }
         // A restarted daemon knows nothing of the first.
         let restarted = NodeKernel::open().unwrap();
-        assert_eq!(restarted.apply(&plan()).await.unwrap().repaired, Vec::<String>::new());
+        assert_eq!(restarted.apply(&plan()).await.unwrap().repaired, []);
         assert_eq!(node_snapshot(), before);
     });
 }
@@ -199,9 +205,12 @@ fn what_others_flush_is_put_back_and_told() {
                     let before = node_snapshot();
                     sh(tampering);
                     let repaired = kernel.apply(&plan()).await.unwrap().repaired;
-                    assert!(repaired.iter().any(|text| text.contains(sentence)), "{tampering}: {repaired:#?}");
+                    assert!(
+                        repaired.iter().any(|r| r.text.contains(sentence) && r.undone),
+                        "{tampering}: {repaired:#?}"
+                    );
                     assert_eq!(node_snapshot(), before, "{tampering}");
-                    assert_eq!(kernel.apply(&plan()).await.unwrap().repaired, Vec::<String>::new(), "{tampering}");
+                    assert_eq!(kernel.apply(&plan()).await.unwrap().repaired, [], "{tampering}");
                 });
             });
             case.join().unwrap_or_else(|_| panic!("{tampering}"));
@@ -239,7 +248,7 @@ fn what_is_not_ours_is_left_alone() {
         without.enis.clear();
         kernel.apply(&without).await.unwrap();
         sh("nft add rule ip other c accept; nft flush chain ip other c");
-        assert_eq!(kernel.apply(&without).await.unwrap().repaired, Vec::<String>::new(), "others' nftables changes");
+        assert_eq!(kernel.apply(&without).await.unwrap().repaired, [], "others' nftables changes");
         kernel.clear().await.unwrap();
         for (command, before) in foreign {
             // The MTU of the link is in the listing of addresses.
@@ -258,7 +267,9 @@ fn an_eni_that_leaves_the_plan_loses_its_rules_and_table() {
         let mut without = plan();
         without.enis.clear();
         let repaired = kernel.apply(&without).await.unwrap().repaired;
-        assert!(repaired.contains(&"rule 1536: fwmark 0x1/0x7f lookup 2 deleted".to_owned()), "{repaired:#?}");
+        let deleted = |r: &&Repair| r.text == "rule 1536: fwmark 0x1/0x7f lookup 2 deleted";
+        let deleted = repaired.iter().find(deleted).unwrap_or_else(|| panic!("{repaired:#?}"));
+        assert!(!deleted.undone, "wanted, and nobody's deed");
         assert_eq!(sh("ip route show table 2 2>/dev/null || true"), "");
         assert_eq!(sh("ip rule").lines().count(), 5);
         assert!(!sh("nft list table ip flatwire").contains("eni-1"));
@@ -281,7 +292,8 @@ fn a_link_that_comes_late_is_named_and_then_programmed() {
         // Gone again: it is named, and what stands of it is not torn down.
         sh("ip link del ens7");
         let report = kernel.apply(&plan()).await.unwrap();
-        assert_eq!((report.missing_links.len(), report.repaired), (1, vec![]));
+        assert_eq!(report.missing_links.len(), 1);
+        assert!(report.repaired.iter().all(|repair| !repair.undone), "nothing comes in by it any more: {report:#?}");
         assert_eq!(ip("rule show pref 1536").len(), 1);
     });
 }
@@ -499,7 +511,10 @@ fn pod_routes_are_a_veto_and_pods_of_the_add_on_count() {
         let routes: Vec<String> = kernel.pods().await.unwrap().routes.iter().map(ToString::to_string).collect();
         assert_eq!(routes, ["10.0.1.21", "10.0.1.33"]);
         let repaired = kernel.apply(&plan()).await.unwrap().repaired;
-        assert_eq!(repaired, ["interface eni0000000001 put into group 70"]);
+        assert_eq!(
+            repaired.iter().map(|r| r.text.as_str()).collect::<Vec<_>>(),
+            ["interface eni0000000001 put into group 70"]
+        );
         assert_eq!(ip(&format!("link show {}", wiring.host_if))[0]["group"], "70");
         assert_eq!(ip("link show eni0000000001")[0]["group"], "70");
     });

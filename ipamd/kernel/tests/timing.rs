@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use common::{add_netns, in_testbed, sh};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
 use flatwire_core::ports::Kernel;
 use flatwire_kernel::NodeKernel;
 use flatwire_kernel::pod::{Expected, PodUnwiring, PodWiring, check, host_if_name, unwire, wire};
@@ -89,10 +89,16 @@ fn node() {
                 },
                 enis: enis.collect(),
                 veth_prefix: "eni".to_owned(),
-                no_snat: vec!["10.0.0.0/8".parse().expect("a net")],
+                vpc: vec!["10.0.0.0/8".parse().expect("a net")],
+                exclude_snat: vec![],
+                external_services: Vec::new(),
+                marks: Marks::default(),
+                path_mtus: PathMtus::default(),
+                block_imds: false,
                 snat: Snat::ToPrimary(PortChoice::FullyRandom),
                 node_port: true,
                 mtu: 1500,
+                look: Look::default(),
             };
             let kernel = NodeKernel::open().unwrap();
             let start = Instant::now();

@@ -297,6 +297,11 @@ impl Ec2 {
         self.with(now, |world| world.state.create_group(vpc, name, name, name_tag(name)))
     }
 
+    /// Lets everybody reach the members of the group that the VPC was born with.
+    pub fn open_default_group(&self, now: Time, vpc: &VpcId) -> Result<(), ApiError> {
+        self.with(now, |world| world.state.open_default_group(vpc))
+    }
+
     /// Creates an internet gateway and attaches it; its id.
     pub fn create_internet_gateway(&self, now: Time, vpc: &VpcId) -> Result<String, ApiError> {
         self.with(now, |world| {

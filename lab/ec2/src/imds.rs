@@ -206,6 +206,9 @@ impl World {
         meta("instance-type", &info.instance_type);
         meta("local-hostname", &hostname);
         meta("local-ipv4", &primary.primary_ipv4.to_string());
+        if let Some(ipv6) = primary.ipv6.first() {
+            meta("ipv6", &ipv6.to_string());
+        }
         meta("mac", &primary.mac.to_string());
         meta("placement/availability-zone", &info.availability_zone);
         meta("placement/availability-zone-id", &zone_id);
@@ -321,6 +324,8 @@ impl World {
         imds.put(at("device-number"), device);
         imds.put(at("interface-id"), &eni.id);
         imds.put_list(at("ipv4-prefix"), &eni.prefixes);
+        imds.put_list(at("ipv6-prefix"), &eni.ipv6_prefixes);
+        imds.put_list(at("ipv6s"), &eni.ipv6);
         imds.put(at("local-hostname"), state.private_dns(eni.primary_ipv4));
         imds.put_list(at("local-ipv4s"), std::iter::once(&eni.primary_ipv4).chain(&eni.secondary));
         imds.put(at("mac"), eni.mac);
@@ -337,11 +342,13 @@ impl World {
         imds.put(at("subnet-id"), &eni.subnet);
         if let Some(subnet) = state.subnets.get(&eni.subnet) {
             imds.put(at("subnet-ipv4-cidr-block"), subnet.cidr);
+            imds.put_list(at("subnet-ipv6-cidr-blocks"), subnet.ipv6);
         }
         imds.put(at("vpc-id"), &eni.vpc);
         if let Some(vpc) = state.vpcs.get(&eni.vpc) {
             imds.put_list(at("vpc-ipv4-cidr-block"), vpc.cidrs.first().map(|association| association.cidr));
             imds.put_list(at("vpc-ipv4-cidr-blocks"), vpc.cidrs.iter().map(|association| association.cidr));
+            imds.put_list(at("vpc-ipv6-cidr-blocks"), vpc.ipv6);
         }
     }
 }

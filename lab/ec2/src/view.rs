@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use flatwire_core::ids::{
     AttachmentId, DeviceIndex, EniId, InstanceId, MacAddress, SecurityGroupId, SubnetId, Time, VpcId,
 };
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 pub type Tags = BTreeMap<String, String>;
@@ -53,6 +53,7 @@ impl View {
 pub struct VpcView {
     pub id: VpcId,
     pub cidrs: Vec<Ipv4Net>,
+    pub ipv6: Option<Ipv6Net>,
     /// An internet gateway is attached.
     pub internet_gateway: bool,
     pub tags: Tags,
@@ -63,6 +64,7 @@ pub struct SubnetInfo {
     pub id: SubnetId,
     pub vpc: VpcId,
     pub cidr: Ipv4Net,
+    pub ipv6: Option<Ipv6Net>,
     pub availability_zone: String,
     pub availability_zone_id: String,
     /// As `AvailableIpAddressCount` shows it.
@@ -138,6 +140,9 @@ pub struct EniInfo {
     pub primary_ipv4: Ipv4Addr,
     pub secondary: BTreeSet<Ipv4Addr>,
     pub prefixes: BTreeSet<Ipv4Net>,
+    pub ipv6: BTreeSet<Ipv6Addr>,
+    /// Each a /80.
+    pub ipv6_prefixes: BTreeSet<Ipv6Net>,
     /// Public address by the private one it stands for.
     pub public: BTreeMap<Ipv4Addr, Ipv4Addr>,
     pub security_groups: Vec<SecurityGroupId>,
@@ -155,6 +160,11 @@ impl EniInfo {
     /// Slots in use: the primary address, each secondary address and each prefix take one.
     pub fn slots(&self) -> u32 {
         u32::try_from(1 + self.secondary.len() + self.prefixes.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Slots of its own kind in use: each IPv6 address and each /80 takes one.
+    pub fn ipv6_slots(&self) -> u32 {
+        u32::try_from(self.ipv6.len() + self.ipv6_prefixes.len()).unwrap_or(u32::MAX)
     }
 
     pub fn is_on(&self, instance: &InstanceId) -> bool {
@@ -249,7 +259,7 @@ pub struct RuleInfo {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum RulePeer {
     Ipv4(Ipv4Net),
-    Ipv6(ipnet::Ipv6Net),
+    Ipv6(Ipv6Net),
     Group(SecurityGroupId),
     PrefixList(String),
 }

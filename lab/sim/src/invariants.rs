@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use flatwire_core::ids::{DeviceIndex, EniId, SandboxId, Time};
 use flatwire_core::ledger::{Allocation, EniRecord, LedgerState, Progress, Record};
 use flatwire_core::limits;
-use flatwire_core::netplan::NodePlan;
+use flatwire_core::netplan::{Look, NodePlan};
 use flatwire_core::pool::{DEFAULT_PATIENCE_MS, NodeState, Note, OpId, RequestId};
 use flatwire_core::ports::{CloudError, CloudReply, CloudRequest, KernelReport};
 use ipnet::IpNet;
@@ -249,14 +249,15 @@ impl Watch {
         let Ok(report) = result else { return };
         self.kernel_of = now;
         self.flushed.retain(|_, at| *at >= now);
-        if self.stood.as_ref() == Some(plan) {
-            self.unmentioned.extend(report.repaired.iter().cloned());
+        let plan = NodePlan { look: Look::default(), ..plan.clone() };
+        if self.stood.as_ref() == Some(&plan) {
+            self.unmentioned.extend(report.repaired.iter().map(|repair| repair.text.clone()));
         }
-        self.stood = report.missing_links.is_empty().then(|| plan.clone());
+        self.stood = report.missing_links.is_empty().then_some(plan);
     }
 
     pub(crate) fn noted(&mut self, note: &Note) {
-        if let Note::Repaired { text } = note {
+        if let Note::Repaired { text, .. } = note {
             self.unmentioned.retain(|repair| !text.contains(repair.as_str()));
         }
     }

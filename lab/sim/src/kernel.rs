@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use flatwire_core::ids::EniId;
 use flatwire_core::netplan::NodePlan;
-use flatwire_core::ports::{KernelReport, PodsSeen};
+use flatwire_core::ports::{KernelReport, PodsSeen, Repair, RepairKind};
 use ipnet::IpNet;
 
 /// A sandbox, by its number in this world.
@@ -21,6 +21,8 @@ pub struct Kernel {
     pub routes: BTreeMap<IpAddr, SandboxNo>,
     /// Pods' host links by name.
     pub links: BTreeMap<String, SandboxNo>,
+    /// Undone by somebody since it was last programmed; `None` is the ruleset.
+    undone: BTreeSet<Option<EniId>>,
     /// Programming fails with this.
     pub broken: Option<String>,
 }
@@ -33,7 +35,13 @@ impl Kernel {
         }
         let mut report = KernelReport::default();
         if !self.primary {
-            report.repaired.push("the ruleset was not there".to_owned());
+            let undone = self.undone.contains(&None);
+            report.repaired.push(Repair {
+                kind: RepairKind::Nftables,
+                object: "ruleset".to_owned(),
+                text: "the ruleset was not there".to_owned(),
+                undone,
+            });
         }
         self.primary = true;
         report.programmed.insert(plan.primary.id.clone());
@@ -45,11 +53,15 @@ impl Kernel {
                 continue;
             }
             if self.tables.get(&eni.id) != Some(&eni.sources) {
-                report.repaired.push(format!("table {} of {} was not as planned", eni.table, eni.id));
+                let object = format!("table {} of {}", eni.table, eni.id);
+                let text = format!("{object} was not as planned");
+                let undone = self.undone.contains(&Some(eni.id.clone()));
+                report.repaired.push(Repair { kind: RepairKind::Route, object, text, undone });
                 self.tables.insert(eni.id.clone(), eni.sources.clone());
             }
             report.programmed.insert(eni.id.clone());
         }
+        self.undone.clear();
         Ok(report)
     }
 
@@ -69,10 +81,12 @@ impl Kernel {
     /// Somebody flushes one ENI's table.
     pub fn flush(&mut self, eni: &EniId) {
         self.tables.remove(eni);
+        self.undone.insert(Some(eni.clone()));
     }
 
     pub fn flush_ruleset(&mut self) {
         self.primary = false;
+        self.undone.insert(None);
     }
 
     pub fn programmed(&self) -> impl ExactSizeIterator<Item = &EniId> {

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use flatwire_core::ids::{DeviceIndex, EniId, PodName, SandboxId, Time};
 use flatwire_core::ledger::{Allocation, EniRecord, LedgerState, NodeFacts, Progress, Record};
 use flatwire_core::limits;
-use flatwire_core::netplan::{EniPlan, NodePlan, PrimaryPlan};
+use flatwire_core::netplan::{EniPlan, Look, NodePlan, PrimaryPlan};
 use flatwire_core::pick;
 use flatwire_core::plan::{self, AtMost, EniRoom, Means, Step, SubnetRoom};
 use flatwire_core::pool::{Answer, Command, Event, Failure, OpId, Reason, RequestId};
@@ -510,17 +510,23 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
             address: eni.primary_ipv4,
             subnet: eni.subnet_cidr,
             table: eni.table(),
-            mark: eni.device.0 + 1,
+            mark: self.settings.marks.of_eni(eni.device.0 + 1),
             sources: self.slots(&eni.id).copied().collect(),
         });
         Some(NodePlan {
             primary: PrimaryPlan { id: primary.id.clone(), mac: primary.mac, address: primary.primary_ipv4 },
             enis: enis.collect(),
             veth_prefix: self.settings.veth_prefix.clone(),
-            no_snat: node.vpc_cidrs.clone(),
+            vpc: node.vpc_cidrs.clone(),
+            exclude_snat: self.settings.exclude_snat.clone(),
+            external_services: self.settings.external_services.clone(),
+            marks: self.settings.marks,
+            path_mtus: self.settings.path_mtus,
+            block_imds: self.settings.block_imds,
             snat: self.settings.snat,
             node_port: self.settings.node_port,
             mtu: self.settings.mtu,
+            look: Look::default(),
         })
     }
 }

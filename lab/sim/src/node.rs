@@ -467,7 +467,8 @@ impl<P: Policy> Node<P> {
         });
         match &result {
             Ok(report) if !report.repaired.is_empty() => {
-                scene.story.tell(now, "kernel", || format!("programs: {}", report.repaired.join("; ")));
+                let texts = || report.repaired.iter().map(|repair| repair.text.as_str()).collect::<Vec<_>>().join("; ");
+                scene.story.tell(now, "kernel", || format!("programs: {}", texts()));
             }
             Ok(_) => {}
             Err(error) => {

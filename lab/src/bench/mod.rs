@@ -30,7 +30,7 @@ use crate::client::Lab;
 use crate::ctl::{Entrance, NodeSpec, Request, Spec};
 use crate::error::{Doing, Error, Result};
 use crate::node::Programs;
-use crate::runtime::{BIN_DIR, CONFLIST};
+use crate::runtime::{BIN_DIRS, CONFLIST};
 
 /// The hidden command that measures inside the lab.
 pub const INSIDE_COMMAND: &str = "__bench";
@@ -155,5 +155,5 @@ fn measure(bench: &Bench, mut job: Job) -> Result<Measured> {
 /// Our own configuration, as it stands on a node of the lab.
 fn ours(node: &crate::ns::Place) -> Result<Chain> {
     let text = node.run(|| fs::read_to_string(CONFLIST))?.doing(|| format!("read {CONFLIST}"))?;
-    Ok(Chain { conflist: serde_json::from_str(&text).doing(|| CONFLIST.into())?, bin_dir: BIN_DIR.into() })
+    Ok(Chain { conflist: serde_json::from_str(&text).doing(|| CONFLIST.into())?, bin_dir: BIN_DIRS[0].into() })
 }

@@ -129,7 +129,7 @@ impl Caller<'_> {
         }
         let kind = plugin["type"].as_str().unwrap_or_default();
         let pod = sandbox.path.file_name().unwrap_or_default().to_string_lossy();
-        let mut command = runtime::plugin(&self.chain.bin_dir, kind, verb, &pod, &sandbox.id, &sandbox.path);
+        let mut command = runtime::plugin(&[&self.chain.bin_dir], kind, verb, &pod, &sandbox.id, &sandbox.path);
         let exchange = || -> std::io::Result<_> {
             // Files in memory, where a runtime has pipes: nobody has to be woken but for the end.
             let (mut given, mut out, mut err) = (in_memory()?, in_memory()?, in_memory()?);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use flatwire_core::ids::{DeviceIndex, InstanceId, MacAddress, RouteTable, SubnetId};
-use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
 use ipnet::{IpNet, Ipv4Net};
 use lab_ec2::{ApiError, Delays, Ec2, EniInfo, Options, RunInstance, Tags, wall_clock};
 
@@ -131,7 +131,13 @@ impl Machine {
             },
             enis,
             veth_prefix: "eni".to_owned(),
-            no_snat: vec![VPC],
+            vpc: vec![VPC],
+            exclude_snat: Vec::new(),
+            external_services: Vec::new(),
+            marks: Marks::default(),
+            path_mtus: PathMtus::default(),
+            block_imds: false,
+            look: Look::default(),
             snat: Snat::ToPrimary(PortChoice::FullyRandom),
             node_port: true,
             mtu: VPC_MTU,

@@ -211,12 +211,14 @@ impl Pool {
 
     /// What differs by the last readings.
     pub fn audit(&self) -> AuditReport {
+        let contests: Vec<_> = self.kernel.contests.fought_over().cloned().collect();
         let views = Views {
             cloud: self.cloud_seen.as_ref().map(|(_, views)| views.as_slice()),
             ledger: &self.ledger,
             kernel: &self.kernel.pods,
             data_path: &self.kernel.report,
             veth_prefix: &self.settings.veth_prefix,
+            contests: &contests,
         };
         AuditReport {
             cloud_read_at: self.cloud_seen.as_ref().map(|(at, _)| *at),

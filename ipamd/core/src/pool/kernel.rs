@@ -1,14 +1,17 @@
 //! The kernel's side: computing the node's data path from the pool, and learning what stands.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::pods::UNWIRED_GRACE_MS;
 use super::setback::Subject;
-use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, Note, Op, OpId, Out, Pool};
+use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, LOOK_SPACING_MS, Note, Op, OpId, Out, Pool};
 use crate::ids::{DeviceIndex, Time};
-use crate::ledger::Progress;
-use crate::netplan::{EniPlan, NodePlan, PrimaryPlan};
+use crate::ledger::{Allocation, Progress};
+use crate::naming::{host_if_of, mac, seed};
+use crate::netplan::{EniPlan, Look, NodePlan, PodPlan, PrimaryPlan};
 use crate::pick;
 use crate::ports::{CloudError, CloudErrorKind, KernelReport, PodsSeen};
 
@@ -34,11 +37,48 @@ impl Pool {
         if self.kernel.applied == Some(self.kernel.revision) && !due {
             return;
         }
-        let Some(plan) = self.kernel.plan.clone() else { return };
+        let Some(mut plan) = self.kernel.plan.clone() else { return };
+        self.kernel.contests.forgive(now);
+        plan.look = self.look(now);
         self.kernel.in_flight = true;
         self.kernel.recheck_at = None;
+        self.kernel.looked_at = Some(now);
         let op = self.new_op(Op::Program { revision: self.kernel.revision }, now);
         out.commands.push(Command::Kernel { op, plan });
+    }
+
+    /// Somebody changed something in the kernel, perhaps we ourselves: then the look finds nothing, and that is the end.
+    pub(super) fn look_soon(&mut self, now: Time) {
+        let at = self.kernel.looked_at.map_or(now, |looked_at| looked_at.plus_ms(LOOK_SPACING_MS).max(now));
+        self.kernel.recheck_at = Some(self.kernel.recheck_at.map_or(at, |due| due.min(at)));
+    }
+
+    fn look(&self, now: Time) -> Look {
+        let read_at = self.kernel.read_at;
+        // Freed at the very moment of the last look counts as freed after it.
+        let since = |freed_at: &Time| read_at.is_none_or(|read_at| read_at <= *freed_at);
+        let left: BTreeSet<IpAddr> = self.ledger.freed.iter().filter(|(_, at)| since(at)).map(|(a, _)| *a).collect();
+        Look { pods: self.pods_to_keep(now), left, let_be: self.kernel.contests.let_be(now) }
+    }
+
+    /// Of several sandboxes of one pod only the youngest can have the link.
+    fn pods_to_keep(&self, now: Time) -> Vec<PodPlan> {
+        let mut by_link: BTreeMap<String, (&Allocation, bool)> = BTreeMap::new();
+        for allocation in self.ledger.pods.values() {
+            let link = host_if_of(&self.settings.veth_prefix, &allocation.sandbox, &allocation.pod);
+            let held = by_link.entry(link).or_insert((allocation, true));
+            if held.0.sandbox != allocation.sandbox {
+                let youngest = if held.0.at < allocation.at { allocation } else { held.0 };
+                *held = (youngest, false);
+            }
+        }
+        let keep = |(link, (allocation, alone)): (String, (&Allocation, bool))| PodPlan {
+            address: allocation.address,
+            link,
+            mac: mac(&seed(&allocation.sandbox.container_id, &allocation.sandbox.if_name), "host"),
+            settled: alone && now.since_ms(allocation.at) >= UNWIRED_GRACE_MS,
+        };
+        by_link.into_iter().map(keep).collect()
     }
 
     pub(super) fn kernel_answered(
@@ -74,20 +114,24 @@ impl Pool {
             }
         };
         self.recovered(&Subject::Kernel);
-        // What a new plan changes was wanted; what changes under a plan that stood already was undone by somebody.
-        let stood_already = self.kernel.applied == Some(revision) && self.kernel.report.missing_links.is_empty();
         self.kernel.applied = Some(revision);
         let wait = if report.missing_links.is_empty() { KERNEL_RESYNC_MS } else { LINK_RETRY_MS };
         // Somebody may have asked for another look while this one was under way.
-        let at = now.plus_ms(wait);
-        self.kernel.recheck_at = Some(self.kernel.recheck_at.map_or(at, |asked| asked.min(at)));
-        self.version += u64::from(self.kernel.report.missing_links != report.missing_links);
-        self.kernel.report = KernelReport { repaired: Vec::new(), ..report.clone() };
-        for text in report.repaired {
-            if stood_already {
-                out.note(Note::Repaired { text });
+        for repair in report.repaired.iter().filter(|repair| repair.undone) {
+            out.note(Note::Repaired { kind: repair.kind, text: repair.text.clone() });
+            if let Some(contest) = self.kernel.contests.repaired(repair, now) {
+                let pause_ms = contest.until.since_ms(now);
+                out.note(Note::Contested { contest: contest.clone(), pause_ms });
             }
         }
+        for text in &report.lacking {
+            out.note(Note::KernelLacks { text: text.clone() });
+        }
+        let at =
+            [Some(now.plus_ms(wait)), self.kernel.contests.next_at(now)].into_iter().flatten().min().unwrap_or(now);
+        self.kernel.recheck_at = Some(self.kernel.recheck_at.map_or(at, |asked| asked.min(at)));
+        self.version += u64::from(self.kernel.report.missing_links != report.missing_links);
+        self.kernel.report = KernelReport { repaired: Vec::new(), lacking: Vec::new(), ..report.clone() };
         let Some(plan) = self.kernel.plan.clone().filter(|_| revision == self.kernel.revision) else {
             // The plan changed meanwhile: what stands is known after the next application.
             return;
@@ -123,21 +167,23 @@ impl Pool {
             address: eni.primary_ipv4,
             subnet: eni.subnet_cidr,
             table: eni.table(),
-            mark: eni.device.0 + 1,
+            mark: self.settings.marks.of_eni(eni.device.0 + 1),
             sources: self.sources(&eni.id),
         });
-        let mut no_snat = node.vpc_cidrs.clone();
-        no_snat.extend(self.settings.exclude_snat.iter().copied());
-        no_snat.sort();
-        no_snat.dedup();
         Some(NodePlan {
             primary: PrimaryPlan { id: primary.id.clone(), mac: primary.mac, address: primary.primary_ipv4 },
             enis: enis.collect(),
             veth_prefix: self.settings.veth_prefix.clone(),
-            no_snat,
+            vpc: node.vpc_cidrs.clone(),
+            exclude_snat: self.settings.exclude_snat.clone(),
+            external_services: self.settings.external_services.clone(),
+            marks: self.settings.marks,
+            path_mtus: self.settings.path_mtus,
+            block_imds: self.settings.block_imds,
             snat: self.settings.snat,
             node_port: self.settings.node_port,
             mtu: self.settings.mtu,
+            look: Look::default(),
         })
     }
 

@@ -37,6 +37,7 @@ pub use view::{EniRow, Failure, PoolStatus, Reason};
 
 use crate::audit::AuditReport;
 use crate::bucket::Bucket;
+use crate::contest::Contests;
 use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, SecurityGroupId, SubnetId, Time};
 use crate::ledger::{Allocation, LedgerState, Record};
 use crate::netplan::NodePlan;
@@ -56,6 +57,9 @@ pub const STUCK_ENI_MS: u64 = 20_000;
 pub const LINK_RETRY_MS: u64 = 200;
 /// How often the kernel is compared with the plan when nothing happens.
 pub const KERNEL_RESYNC_MS: u64 = 10_000;
+
+/// Looks that changes in the kernel ask for follow each other no faster: pods that come and go change it all the time.
+pub const LOOK_SPACING_MS: u64 = 100;
 
 /// How often the instance metadata is read again: groups, CIDRs of the VPC, the end of the instance.
 pub const METADATA_EVERY_MS: u64 = 60_000;
@@ -83,6 +87,8 @@ pub enum Event {
     Cloud { op: OpId, result: Result<CloudReply, CloudError> },
     /// An answer from the kernel, with the pods it shows now; the error as text, with its causes.
     Kernel { op: OpId, result: Result<(KernelReport, PodsSeen), String> },
+    /// Something changed in the kernel, perhaps by us: it is to be compared with the plan.
+    KernelChanged,
     /// What is said of this node from outside: by an operator, or by who watches the API server.
     NodeState(NodeState),
     /// Pods another IPAM has wired on this node (the add-on's state file), for a ledger that is empty.
@@ -268,6 +274,10 @@ struct KernelState {
     in_flight: bool,
     /// When to compare again although nothing changed.
     recheck_at: Option<Time>,
+    /// When the last look began.
+    looked_at: Option<Time>,
+    /// Who changes what again and again.
+    contests: Contests,
     /// What the last application reported.
     report: KernelReport,
     /// When the reading behind `pods` was asked for.
@@ -417,6 +427,7 @@ impl Pool {
             Event::Gc { request, network, valid } => self.gc(request, &network, &valid, &mut out),
             Event::Cloud { op, result } => self.cloud_answered(op, result, now, &mut out),
             Event::Kernel { op, result } => self.kernel_answered(op, result, now, &mut out),
+            Event::KernelChanged => self.look_soon(now),
             Event::NodeState(state) => self.node_state_said(state, &mut out),
             Event::Import(pods) => self.imported = pods,
             Event::Audit { request } => self.audit_asked(request, now, &mut out),
@@ -453,8 +464,8 @@ impl Pool {
         let waiter = self.waiting.iter().map(|w| (w.deadline, "a waiting ADD runs out of patience")).min();
         let retry =
             self.setbacks.values().filter(|s| !s.over).map(|s| (s.until, "a refused call is tried again")).min();
-        let kernel =
-            self.kernel.recheck_at.filter(|_| !self.kernel.in_flight && !self.rests(&setback::Subject::Kernel));
+        let may_look = self.kernel.plan.is_some() && !self.kernel.in_flight && !self.rests(&setback::Subject::Kernel);
+        let kernel = self.kernel.recheck_at.filter(|_| may_look);
         let kernel = kernel.map(|at| (at, "the kernel is compared with the plan"));
         let cooling = self.cooled_at.map(|at| (at, "an address has cooled down"));
         let verify = self.verify_at.map(|at| (at, "EC2 is asked again"));

@@ -8,8 +8,9 @@ use ipnet::IpNet;
 
 use super::Failure;
 use super::compare::list;
+use crate::contest::Contest;
 use crate::ids::{EniId, PodName, SandboxId, SubnetId};
-use crate::ports::{CloudError, Want};
+use crate::ports::{CloudError, RepairKind, Want};
 
 /// Something an operator would mention, as data.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,6 +108,16 @@ pub enum Note {
         rested_ms: u64,
     },
     Repaired {
+        kind: RepairKind,
+        text: String,
+    },
+    /// Somebody changes it back again and again: it is let be for a while.
+    Contested {
+        contest: Contest,
+        pause_ms: u64,
+    },
+    /// The kernel cannot do something that is wanted.
+    KernelLacks {
         text: String,
     },
     KernelFailed {
@@ -169,7 +180,15 @@ impl fmt::Display for Note {
             Self::CooldownYielded { address, rested_ms } => {
                 write!(f, "{address} given after {rested_ms} ms of its cool-down: nothing else was to be had")
             }
-            Self::Repaired { text } => write!(f, "put right in the kernel: {text}"),
+            Self::Repaired { text, .. } => write!(f, "put right in the kernel: {text}"),
+            Self::Contested { contest, pause_ms } => write!(
+                f,
+                "{} was put right {} times and is changed back each time; it is let be for {} s",
+                contest.object,
+                contest.repairs,
+                pause_ms / 1_000
+            ),
+            Self::KernelLacks { text } => f.write_str(text),
             Self::KernelFailed { error } => write!(f, "the node's routes could not be programmed: {error}"),
             Self::SandboxGone { sandbox, address } => {
                 write!(f, "{address} released: the kernel shows neither link nor route of {sandbox}")

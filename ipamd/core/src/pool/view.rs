@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::setback::{Setback, Subject};
 use super::{NodeState, Op, Pool};
+use crate::contest::Contest;
 use crate::ids::{DeviceIndex, EniId, MacAddress, RouteTable, SubnetId, Time};
 use crate::ledger::{Allocation, NodeFacts, Progress};
 use crate::ports::{CloudErrorKind, InstanceLimits};
@@ -85,6 +86,9 @@ pub struct PoolStatus {
     pub enis: Vec<EniRow>,
     pub pods: Vec<Allocation>,
     pub setbacks: Vec<Setback>,
+    /// What somebody else keeps changing back in the kernel.
+    #[serde(default)]
+    pub contests: Vec<Contest>,
     /// What operators and the API server say of this node.
     pub node_state: NodeState,
     /// EC2 has announced the end of this instance.
@@ -178,6 +182,7 @@ impl Pool {
             enis,
             pods: self.ledger.pods.values().cloned().collect(),
             setbacks: self.setbacks.values().cloned().collect(),
+            contests: self.kernel.contests.fought_over().cloned().collect(),
             node_state: self.node_state.clone(),
             terminating: self.terminating,
             settings: self.settings.clone(),

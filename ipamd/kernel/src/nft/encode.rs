@@ -9,7 +9,8 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 
-use super::table::{Chain, Family, Hook, Range, Table, Target};
+use super::expression::{IFNAMSIZ, interface};
+use super::table::{Chain, Entries, Family, Hook, Range, Table, Target};
 use crate::nl::Request;
 
 pub(super) type NftRequest = Request<NetfilterMessage>;
@@ -19,8 +20,14 @@ const ELEMENTS_PER_MESSAGE: usize = 500;
 
 /// Type numbers that nft knows and the kernel only keeps, so that listings show addresses as addresses.
 const TYPE_IPV4_ADDRESS: u32 = 7;
+const TYPE_MARK: u32 = 19;
+const TYPE_LINK_NAME: u32 = 41;
 const TYPE_VERDICT: u32 = 0xffff_ff00;
 const ADDRESS_BYTES: u32 = 4;
+const MARK_BYTES: u32 = 4;
+
+/// Type number and length of what a set is looked up by.
+const ADDRESS: (u32, u32) = (TYPE_IPV4_ADDRESS, ADDRESS_BYTES);
 const ACCEPT: u32 = 1;
 
 pub(super) fn family(family: Family) -> NetfilterProtoFamily {
@@ -74,18 +81,36 @@ pub(super) fn add(table: &Table) -> Vec<NftRequest> {
     let mut id = 0;
     for set in &table.sets {
         id += 1;
-        requests.push(new_set(table, &set.name, id, Vec::new(), SetFlags::Interval));
+        requests.push(new_set(table, &set.name, id, ADDRESS, Vec::new(), SetFlags::Interval));
         requests.extend(new_elements(table, &set.name, &set.ranges, |()| None));
     }
     for map in &table.maps {
         id += 1;
-        let data = if map.to_chains {
+        let mut data = if map.to_chains {
             vec![SetAttribute::DataType(TYPE_VERDICT)]
         } else {
             vec![SetAttribute::DataType(TYPE_IPV4_ADDRESS), SetAttribute::DataLen(ADDRESS_BYTES)]
         };
-        requests.push(new_set(table, &map.name, id, data, SetFlags::Interval | SetFlags::Map));
-        requests.extend(new_elements(table, &map.name, &map.ranges, |target| Some(target_data(target))));
+        let (key, flags) = match &map.entries {
+            Entries::Ranges(_) => (ADDRESS, SetFlags::Interval | SetFlags::Map),
+            Entries::Marks(_) => ((TYPE_MARK, MARK_BYTES), SetFlags::Map),
+            Entries::Links(_) => ((TYPE_LINK_NAME, u32::try_from(IFNAMSIZ).unwrap_or(0)), SetFlags::Map),
+        };
+        if key != ADDRESS {
+            data.push(SetAttribute::UserData(in_host_order()));
+        }
+        requests.push(new_set(table, &map.name, id, key, data, flags));
+        requests.extend(match &map.entries {
+            Entries::Ranges(ranges) => new_elements(table, &map.name, ranges, |target| Some(target_data(target))),
+            Entries::Marks(marks) => {
+                let elements = marks.iter().map(|(mark, target)| (mark.to_ne_bytes().to_vec(), target));
+                new_exact_elements(table, &map.name, elements)
+            }
+            Entries::Links(links) => {
+                let elements = links.iter().map(|(name, target)| (interface(name), target));
+                new_exact_elements(table, &map.name, elements)
+            }
+        });
     }
     for chain in &table.chains {
         requests.extend(chain.rules.iter().enumerate().map(|(position, rule)| {
@@ -134,13 +159,20 @@ fn hook_number(hook: Hook) -> InetHookNumber {
     }
 }
 
-fn new_set(table: &Table, name: &str, id: u32, data: Vec<SetAttribute>, flags: SetFlags) -> NftRequest {
+fn new_set(
+    table: &Table,
+    name: &str,
+    id: u32,
+    (key_type, key_bytes): (u32, u32),
+    data: Vec<SetAttribute>,
+    flags: SetFlags,
+) -> NftRequest {
     let mut attributes = vec![
         SetAttribute::Table(table.name.clone()),
         SetAttribute::Name(name.to_owned()),
         SetAttribute::Flags(flags),
-        SetAttribute::KeyType(TYPE_IPV4_ADDRESS),
-        SetAttribute::KeyLen(ADDRESS_BYTES),
+        SetAttribute::KeyType(key_type),
+        SetAttribute::KeyLen(key_bytes),
         SetAttribute::Id(id),
     ];
     attributes.extend(data);
@@ -170,6 +202,22 @@ fn new_elements<T>(
                 .push(ListAttribute::Element(vec![key(end), SetElementAttribute::Flags(SetElementFlags::IntervalEnd)]));
         }
     }
+    element_messages(table, set, elements)
+}
+
+fn new_exact_elements<'a>(
+    table: &Table,
+    set: &str,
+    entries: impl Iterator<Item = (Vec<u8>, &'a Target)>,
+) -> Vec<NftRequest> {
+    let element = |(key, target): (Vec<u8>, &Target)| {
+        let key = SetElementAttribute::Key(DataAttribute::Value(key));
+        ListAttribute::Element(vec![key, SetElementAttribute::Data(target_data(target))])
+    };
+    element_messages(table, set, entries.map(element).collect())
+}
+
+fn element_messages(table: &Table, set: &str, elements: Vec<ListAttribute<SetElementAttribute>>) -> Vec<NftRequest> {
     elements
         .chunks(ELEMENTS_PER_MESSAGE)
         .map(|chunk| {
@@ -195,6 +243,13 @@ fn target_data(target: &Target) -> DataAttribute {
         }
         Target::Address(address) => DataAttribute::Value(address.octets().to_vec()),
     }
+}
+
+/// The user data by which nft knows that keys are in the machine's own byte order: type 0, length, 1.
+fn in_host_order() -> Vec<u8> {
+    let mut bytes = vec![0, 4];
+    bytes.extend(1u32.to_ne_bytes());
+    bytes
 }
 
 /// The user data by which nft knows a comment: type 0, length, text with its zero.

@@ -12,11 +12,15 @@ use netlink_packet_netfilter::nftables::{
 /// Where everything is loaded; no rule here needs two values at once.
 const REGISTER: Register = Register::Reg1;
 
-const IFNAMSIZ: usize = 16;
+pub(super) const IFNAMSIZ: usize = 16;
 const NETWORK_HEADER: u32 = 1;
+const TRANSPORT_HEADER: u32 = 2;
 const SOURCE_OFFSET: u32 = 12;
 const DESTINATION_OFFSET: u32 = 16;
 const ADDRESS_BYTES: u32 = 4;
+const TCP: u8 = 6;
+const TCP_FLAGS_OFFSET: u32 = 13;
+const TCP_SYN: u8 = 0x02;
 const LOOKUP_INVERTED: u32 = 1;
 const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
@@ -116,9 +120,36 @@ impl Rule {
         self.meta(MetaKey::Mark).bits(bits, 0).compare(Operator::Equal, bits.to_ne_bytes().to_vec())
     }
 
-    /// All of these bits of the connection's mark are set.
-    pub fn ct_mark_has(self, bits: u32) -> Self {
-        self.ct(ct::MARK).bits(bits, 0).compare(Operator::Equal, bits.to_ne_bytes().to_vec())
+    /// Any of these bits of the packet's mark is set.
+    pub fn mark_has_any(self, bits: u32) -> Self {
+        self.meta(MetaKey::Mark).bits(bits, 0).compare(Operator::NotEqual, 0u32.to_ne_bytes().to_vec())
+    }
+
+    /// The packet goes the way of its connection's first one.
+    pub fn ct_original(self) -> Self {
+        self.ct(ct::DIRECTION).compare(Operator::Equal, vec![ct::ORIGINAL])
+    }
+
+    /// The packet goes against the way of its connection's first one.
+    pub fn ct_reply(self) -> Self {
+        self.ct(ct::DIRECTION).compare(Operator::NotEqual, vec![ct::ORIGINAL])
+    }
+
+    /// The packet leaves by a link whose name starts with this.
+    pub fn oifname_prefix(self, prefix: &str) -> Self {
+        self.meta(MetaKey::Oifname).compare(Operator::Equal, prefix.as_bytes().to_vec())
+    }
+
+    /// The packet opens a TCP connection or answers the opening.
+    pub fn tcp_syn(self) -> Self {
+        let mut rule = self.meta(MetaKey::L4Proto).compare(Operator::Equal, vec![TCP]);
+        rule.expressions.push(Expressions::Payload(vec![
+            Payload::DestinationRegister(REGISTER),
+            Payload::Base(TRANSPORT_HEADER),
+            Payload::Offset(TCP_FLAGS_OFFSET),
+            Payload::Len(1),
+        ]));
+        rule.masked(vec![TCP_SYN], vec![0]).compare(Operator::Equal, vec![TCP_SYN])
     }
 
     /// The packet is the very first of its connection.
@@ -146,11 +177,29 @@ impl Rule {
         rule
     }
 
-    /// Sets these bits of the connection's mark, leaving the others.
-    pub fn ct_mark_set(self, bits: u32) -> Self {
+    /// Writes `value` under `mask` in the connection's mark, leaving the other bits.
+    pub fn ct_mark_replace(self, mask: u32, value: u32) -> Self {
         self.ct(ct::MARK)
-            .bits(!bits, bits)
+            .bits(!mask, value & mask)
             .other("ct", vec![be32(ct::ATTRIBUTE_KEY, ct::MARK), be32(ct::ATTRIBUTE_SOURCE, REGISTER.into())])
+    }
+
+    /// Lowers the segment size that an opening of TCP announces to this; a smaller one stays.
+    pub fn mss_at_most(self, bytes: u16) -> Self {
+        let place = vec![
+            DefaultNla::new(exthdr::ATTRIBUTE_KIND, vec![exthdr::MAXIMUM_SEGMENT_SIZE]),
+            be32(exthdr::ATTRIBUTE_OFFSET, 2),
+            be32(exthdr::ATTRIBUTE_LENGTH, 2),
+            be32(exthdr::ATTRIBUTE_OPERATION, exthdr::TCP_OPTION),
+            be32(exthdr::ATTRIBUTE_SOURCE, REGISTER.into()),
+        ];
+        self.load(bytes.to_be_bytes().to_vec()).other("exthdr", place)
+    }
+
+    /// Drops the packet and tells its sender that this is forbidden.
+    pub fn reject(self) -> Self {
+        let code = DefaultNla::new(reject::ATTRIBUTE_CODE, vec![reject::ADMINISTRATIVELY_PROHIBITED]);
+        self.other("reject", vec![be32(reject::ATTRIBUTE_KIND, reject::ICMP_UNREACHABLE), code])
     }
 
     pub fn accept(self) -> Self {
@@ -167,8 +216,21 @@ impl Rule {
     }
 
     /// Goes on in the chain that a map has for the source address; nothing happens to a source that it lacks.
-    pub fn goto_by_source(mut self, map: &str) -> Self {
-        self = self.payload(SOURCE_OFFSET);
+    pub fn goto_by_source(self, map: &str) -> Self {
+        self.payload(SOURCE_OFFSET).goto_by_map(map)
+    }
+
+    /// Goes on in the chain that a map has for the link the packet came in by.
+    pub fn goto_by_input(self, map: &str) -> Self {
+        self.meta(MetaKey::Iifname).goto_by_map(map)
+    }
+
+    /// Goes on in the chain that a map has for these bits of the connection's mark.
+    pub fn goto_by_ct_mark(self, bits: u32, map: &str) -> Self {
+        self.ct(ct::MARK).bits(bits, 0).goto_by_map(map)
+    }
+
+    fn goto_by_map(mut self, map: &str) -> Self {
         self.expressions.push(Expressions::Lookup(vec![
             Lookup::Set(map.to_owned()),
             Lookup::SourceRegister(REGISTER),
@@ -249,13 +311,17 @@ impl Rule {
     }
 
     /// (loaded & keep) ^ flip
-    fn bits(mut self, keep: u32, flip: u32) -> Self {
+    fn bits(self, keep: u32, flip: u32) -> Self {
+        self.masked(keep.to_ne_bytes().to_vec(), flip.to_ne_bytes().to_vec())
+    }
+
+    fn masked(mut self, keep: Vec<u8>, flip: Vec<u8>) -> Self {
         self.expressions.push(Expressions::Bitwise(vec![
             Bitwise::SourceRegister(REGISTER),
             Bitwise::DestinationRegister(REGISTER),
-            Bitwise::Length(4),
-            Bitwise::Mask(DataAttribute::Value(keep.to_ne_bytes().to_vec())),
-            Bitwise::Xor(DataAttribute::Value(flip.to_ne_bytes().to_vec())),
+            Bitwise::Length(u32::try_from(keep.len()).expect("invariant: a mask has a few bytes")),
+            Bitwise::Mask(DataAttribute::Value(keep)),
+            Bitwise::Xor(DataAttribute::Value(flip)),
         ]));
         self
     }
@@ -322,7 +388,7 @@ fn be32(kind: u16, value: u32) -> DefaultNla {
     DefaultNla::new(kind, value.to_be_bytes().to_vec())
 }
 
-fn interface(name: &str) -> Vec<u8> {
+pub(super) fn interface(name: &str) -> Vec<u8> {
     let mut bytes = name.as_bytes().to_vec();
     bytes.resize(IFNAMSIZ, 0);
     bytes
@@ -334,10 +400,13 @@ mod ct {
     pub const ATTRIBUTE_DESTINATION: u16 = 1;
     pub const ATTRIBUTE_KEY: u16 = 2;
     pub const ATTRIBUTE_SOURCE: u16 = 4;
+    pub const DIRECTION: u32 = 1;
     pub const STATUS: u32 = 2;
     pub const MARK: u32 = 3;
     /// IPS_CONFIRMED: the first packet has passed the last hook.
     pub const CONFIRMED: u32 = 1 << 3;
+    /// IP_CT_DIR_ORIGINAL.
+    pub const ORIGINAL: u8 = 0;
 }
 
 mod fib {
@@ -352,6 +421,23 @@ mod fib {
     pub const RESULT_TYPE: u32 = 3;
     /// RTN_LOCAL.
     pub const LOCAL: u32 = 2;
+}
+
+mod exthdr {
+    pub const ATTRIBUTE_KIND: u16 = 2;
+    pub const ATTRIBUTE_OFFSET: u16 = 3;
+    pub const ATTRIBUTE_LENGTH: u16 = 4;
+    pub const ATTRIBUTE_OPERATION: u16 = 6;
+    pub const ATTRIBUTE_SOURCE: u16 = 7;
+    pub const TCP_OPTION: u32 = 1;
+    pub const MAXIMUM_SEGMENT_SIZE: u8 = 2;
+}
+
+mod reject {
+    pub const ATTRIBUTE_KIND: u16 = 1;
+    pub const ATTRIBUTE_CODE: u16 = 2;
+    pub const ICMP_UNREACHABLE: u32 = 0;
+    pub const ADMINISTRATIVELY_PROHIBITED: u8 = 13;
 }
 
 mod nat {

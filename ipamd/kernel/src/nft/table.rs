@@ -1,5 +1,6 @@
 //! Tables, chains, sets and maps as data.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
@@ -99,6 +100,11 @@ impl Chain {
         Self::based(name, Base { kind: "nat", hook, priority })
     }
 
+    /// Consulted for every packet the host itself sends; one whose mark changes is routed anew.
+    pub fn route(name: impl Into<String>, priority: i32) -> Self {
+        Self::based(name, Base { kind: "route", hook: Hook::Output, priority })
+    }
+
     /// Reached only from other chains.
     pub fn regular(name: impl Into<String>) -> Self {
         Self { name: name.into(), base: None, rules: Vec::new() }
@@ -147,25 +153,48 @@ pub enum Target {
     Address(Ipv4Addr),
 }
 
-/// A named map from IPv4 networks to one kind of `Target`.
+/// A named map to one kind of `Target`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Map {
     pub(super) name: String,
     pub(super) to_chains: bool,
-    pub(super) ranges: Vec<Range<Target>>,
+    pub(super) entries: Entries,
+}
+
+/// What a map is looked up by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Entries {
+    /// IPv4 networks.
+    Ranges(Vec<Range<Target>>),
+    /// Bits of a mark.
+    Marks(BTreeMap<u32, Target>),
+    /// Names of links.
+    Links(BTreeMap<String, Target>),
 }
 
 impl Map {
     /// Leads to chains, for `Rule::goto_by_source`. Where networks overlap the more specific one counts.
     pub fn to_chains(name: impl Into<String>, entries: impl IntoIterator<Item = (Ipv4Net, impl Into<String>)>) -> Self {
         let entries = entries.into_iter().map(|(net, chain)| (net, Target::Goto(chain.into())));
-        Self { name: name.into(), to_chains: true, ranges: disjoint(entries) }
+        Self { name: name.into(), to_chains: true, entries: Entries::Ranges(disjoint(entries)) }
+    }
+
+    /// Leads from marks to chains, for `Rule::goto_by_ct_mark`.
+    pub fn of_marks(name: impl Into<String>, entries: impl IntoIterator<Item = (u32, String)>) -> Self {
+        let entries = entries.into_iter().map(|(mark, chain)| (mark, Target::Goto(chain))).collect();
+        Self { name: name.into(), to_chains: true, entries: Entries::Marks(entries) }
+    }
+
+    /// Leads from names of links to chains, for `Rule::goto_by_input`.
+    pub fn of_links(name: impl Into<String>, entries: impl IntoIterator<Item = (String, String)>) -> Self {
+        let entries = entries.into_iter().map(|(link, chain)| (link, Target::Goto(chain))).collect();
+        Self { name: name.into(), to_chains: true, entries: Entries::Links(entries) }
     }
 
     /// Leads to addresses, for `Rule::dnat_by_destination` and `Rule::snat_by_source`.
     pub fn to_addresses(name: impl Into<String>, entries: impl IntoIterator<Item = (Ipv4Addr, Ipv4Addr)>) -> Self {
         let entries = entries.into_iter().map(|(from, to)| (Ipv4Net::from(from), Target::Address(to)));
-        Self { name: name.into(), to_chains: false, ranges: disjoint(entries) }
+        Self { name: name.into(), to_chains: false, entries: Entries::Ranges(disjoint(entries)) }
     }
 }
 

@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use flatwire_core::ids::{DeviceIndex, EniId, Time};
 
-use super::{
-    Call, Query, done, exclusive, group_ids, moment, named, no_ipv6, refuse_ipv6, tag_specification, wanted, write_tags,
-};
+use super::{Call, Query, done, exclusive, group_ids, ipv6, moment, named, tag_specification, wanted, write_tags};
 use crate::error::{ApiError, Kind};
 use crate::params::Reader;
 use crate::state::State;
@@ -21,14 +19,13 @@ pub(super) fn create(state: &mut State, call: &Call<'_>, p: &Reader<'_>) -> Resu
     let groups = group_ids(p)?;
     let tags = tag_specification(call, p, "network-interface")?;
     let (primary, wanted) = wanted(p)?;
-    refuse_ipv6(p)?;
     let interface_type = p.opt("InterfaceType").unwrap_or("interface").to_owned();
     if !matches!(interface_type.as_str(), "interface" | "trunk" | "branch" | "efa" | "efa-only") {
         return Err(ApiError::bad_value("interfaceType", interface_type));
     }
     let token = p.opt("ClientToken");
     let new = NewEni { subnet, groups, description: p.text("Description"), primary, wanted, tags, interface_type };
-    p.ignore(&["ConnectionTrackingSpecification", "Ipv6AddressCount", "Ipv6PrefixCount", "EnablePrimaryIpv6"]);
+    p.ignore(&["ConnectionTrackingSpecification", "EnablePrimaryIpv6"]);
     p.end_or_dry_run()?;
     let fingerprint = format!("{new:?}");
     let known = state.recall(call.action, token, &fingerprint)?;
@@ -149,22 +146,6 @@ pub(super) fn unassign(state: &mut State, call: &Call<'_>, p: &Reader<'_>) -> Re
     Ok(done())
 }
 
-pub(super) fn assign_ipv6(state: &mut State, _: &Call<'_>, p: &Reader<'_>) -> Result<Xml, ApiError> {
-    let id: EniId = p.required_id(Kind::Interface, "NetworkInterfaceId")?;
-    p.ignore(&["Ipv6Addresses", "Ipv6AddressCount", "Ipv6Prefix", "Ipv6PrefixCount"]);
-    p.end()?;
-    state.eni(&id)?;
-    Err(no_ipv6())
-}
-
-pub(super) fn unassign_ipv6(state: &mut State, _: &Call<'_>, p: &Reader<'_>) -> Result<Xml, ApiError> {
-    let id: EniId = p.required_id(Kind::Interface, "NetworkInterfaceId")?;
-    p.ignore(&["Ipv6Addresses", "Ipv6Prefix"]);
-    p.end()?;
-    state.eni(&id)?;
-    Err(ApiError::value(format!("Some of the specified addresses are not assigned to interface {id}")))
-}
-
 fn prefixes(p: &Reader<'_>) -> Result<Vec<ipnet::Ipv4Net>, ApiError> {
     let refuse = |text: &str| ApiError::value(format!("The prefix {text} is not valid."));
     p.list("Ipv4Prefix")?.into_iter().map(|text| text.parse().map_err(|_| refuse(text))).collect()
@@ -282,6 +263,7 @@ fn field(state: &State, eni: &EniInfo, name: &str) -> Vec<String> {
         "group-name" => {
             eni.security_groups.iter().filter_map(|id| state.groups.get(id)).map(|g| g.name.clone()).collect()
         }
+        "ipv6-addresses.ipv6-address" => eni.ipv6.iter().map(ToString::to_string).collect(),
         "interface-type" => vec![eni.interface_type.clone()],
         "mac-address" => vec![eni.mac.to_string()],
         "network-interface-id" => vec![eni.id.to_string()],
@@ -345,7 +327,7 @@ pub(super) fn write_common(xml: &mut Xml, state: &State, eni: &EniInfo) {
             xml.leaf("ipv4Prefix", prefix);
         });
     }
-    xml.texts("ipv6AddressesSet", [""; 0]);
+    ipv6::write_eni(xml, eni);
 }
 
 pub(super) fn write_groups(xml: &mut Xml, state: &State, groups: &[flatwire_core::ids::SecurityGroupId]) {

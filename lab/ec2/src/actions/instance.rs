@@ -4,10 +4,11 @@ use flatwire_core::ids::{DeviceIndex, EniId, InstanceId, SubnetId};
 use flatwire_core::limits::{self, Hypervisor};
 
 use super::eni::{write_common, write_groups};
-use super::{Call, Query, group_ids, moment, named, refuse_ipv6, tag_specifications, wanted, write_tags};
+use super::{Call, Query, group_ids, ipv6, moment, named, tag_specifications, wanted, write_tags};
 use crate::error::{ApiError, Kind};
 use crate::params::Reader;
 use crate::state::State;
+use crate::state::eni::Wanted;
 use crate::state::instance::{Instance, Interface, Launch};
 use crate::view::{EniInfo, InstanceState};
 use crate::xml::Xml;
@@ -96,7 +97,6 @@ fn interfaces(p: &Reader<'_>) -> Result<Vec<Interface>, ApiError> {
     let subnet: Option<SubnetId> = p.opt_id(Kind::Subnet, "SubnetId")?;
     let groups = group_ids(p)?;
     if listed.is_empty() {
-        refuse_ipv6(p)?;
         return Ok(vec![Interface {
             device: DeviceIndex::PRIMARY,
             card: 0,
@@ -105,7 +105,7 @@ fn interfaces(p: &Reader<'_>) -> Result<Vec<Interface>, ApiError> {
             groups,
             description: String::new(),
             primary: p.address("PrivateIpAddress")?,
-            wanted: Default::default(),
+            wanted: Wanted { ipv6: ipv6::wanted(p)?, ..Wanted::default() },
             public: None,
             delete_on_termination: true,
             interface_type: "interface".to_owned(),
@@ -123,8 +123,7 @@ fn interfaces(p: &Reader<'_>) -> Result<Vec<Interface>, ApiError> {
 fn interface(p: &Reader<'_>) -> Result<Interface, ApiError> {
     let existing: Option<EniId> = p.opt_id(Kind::Interface, "NetworkInterfaceId")?;
     let (primary, wanted) = wanted(p)?;
-    refuse_ipv6(p)?;
-    p.ignore(&["ConnectionTrackingSpecification", "EnaSrdSpecification", "EnaQueueCount", "Ipv6AddressCount"]);
+    p.ignore(&["ConnectionTrackingSpecification", "EnaSrdSpecification", "EnaQueueCount"]);
     Ok(Interface {
         device: DeviceIndex(p.number("DeviceIndex")?.unwrap_or(0)),
         card: p.number("NetworkCardIndex")?.unwrap_or(0),

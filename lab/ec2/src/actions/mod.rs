@@ -6,6 +6,7 @@ mod eni;
 mod group;
 mod instance;
 mod instance_type;
+mod ipv6;
 mod region;
 mod tags;
 mod vpc;
@@ -25,6 +26,7 @@ use crate::filters::{Filters, Page};
 use crate::params::Reader;
 use crate::state::State;
 use crate::state::eni::Wanted;
+use crate::state::ipv6::Wanted6;
 use crate::view::Tags;
 use crate::xml::Xml;
 
@@ -67,9 +69,10 @@ const fn write(name: &'static str, run: Run) -> Action {
 static ACTIONS: &[Action] = &[
     write("AcceptVpcPeeringConnection", vpc::accept_peering),
     write("AllocateAddress", address::allocate),
-    write("AssignIpv6Addresses", eni::assign_ipv6),
+    write("AssignIpv6Addresses", ipv6::assign),
     write("AssignPrivateIpAddresses", eni::assign),
     write("AssociateAddress", address::associate),
+    write("AssociateSubnetCidrBlock", ipv6::associate_subnet),
     write("AssociateVpcCidrBlock", vpc::associate_cidr),
     write("AttachInternetGateway", vpc::attach_gateway),
     write("AttachNetworkInterface", eni::attach),
@@ -116,7 +119,7 @@ static ACTIONS: &[Action] = &[
     write("RevokeSecurityGroupIngress", group::revoke),
     write("RunInstances", instance::run),
     write("TerminateInstances", instance::terminate),
-    write("UnassignIpv6Addresses", eni::unassign_ipv6),
+    write("UnassignIpv6Addresses", ipv6::unassign),
     write("UnassignPrivateIpAddresses", eni::unassign),
 ];
 
@@ -254,7 +257,7 @@ fn wanted(p: &Reader<'_>) -> Result<(Option<Ipv4Addr>, Wanted), ApiError> {
     }
     let count = p.count("SecondaryPrivateIpAddressCount")?;
     let wanted = exclusive(addresses, count, prefixes, p.count("Ipv4PrefixCount")?)?;
-    Ok((primary, wanted))
+    Ok((primary, Wanted { ipv6: ipv6::wanted(p)?, ..wanted }))
 }
 
 fn exclusive(
@@ -273,19 +276,8 @@ fn exclusive(
     if let Some(twice) = addresses.iter().find(|address| !seen.insert(**address)) {
         return Err(ApiError::value(format!("The address {twice} is given twice.")));
     }
-    Ok(Wanted { addresses, count: count.unwrap_or(0), prefixes, prefix_count: prefix_count.unwrap_or(0) })
-}
-
-/// IPv6 in a subnet that has none: what EC2 says to an IPv4-only subnet.
-fn refuse_ipv6(p: &Reader<'_>) -> Result<(), ApiError> {
-    let asked = ["Ipv6AddressCount", "Ipv6PrefixCount"].iter().any(|name| p.opt(name).is_some_and(|n| n != "0"))
-        || !p.structs("Ipv6Addresses")?.is_empty()
-        || !p.structs("Ipv6Prefix")?.is_empty();
-    if asked { Err(no_ipv6()) } else { Ok(()) }
-}
-
-fn no_ipv6() -> ApiError {
-    ApiError::value("The specified subnet does not have an IPv6 CIDR block associated with it.")
+    let (count, prefix_count) = (count.unwrap_or(0), prefix_count.unwrap_or(0));
+    Ok(Wanted { addresses, count, prefixes, prefix_count, ipv6: Wanted6::default() })
 }
 
 fn moment(now: Time) -> String {

@@ -2,7 +2,7 @@
 
 use flatwire_core::ids::{SubnetId, VpcId};
 
-use super::{Call, Query, done, named, tag_specification, write_tags};
+use super::{Call, Query, done, ipv6, named, tag_specification, write_tags};
 use crate::error::{ApiError, Kind};
 use crate::params::Reader;
 use crate::state::State;
@@ -14,12 +14,13 @@ pub(super) fn create(state: &mut State, call: &Call<'_>, p: &Reader<'_>) -> Resu
     p.required("CidrBlock")?;
     let cidr = p.cidr("CidrBlock")?.ok_or_else(|| ApiError::missing("CidrBlock"))?;
     let tags = tag_specification(call, p, "vpc")?;
-    if p.bool("AmazonProvidedIpv6CidrBlock")?.unwrap_or(false) {
-        return Err(ApiError::new("UnsupportedOperation", "This VPC service has no IPv6."));
-    }
+    let with_ipv6 = p.bool("AmazonProvidedIpv6CidrBlock")?.unwrap_or(false);
     p.ignore(&["InstanceTenancy"]);
     p.end_or_dry_run()?;
     let id = state.create_vpc(cidr, tags)?;
+    if with_ipv6 {
+        state.give_vpc_ipv6(&id)?;
+    }
     let mut xml = Xml::new();
     let vpc = state.vpc(&id)?;
     xml.element("vpc", |xml| write_vpc(xml, state, vpc));
@@ -78,6 +79,7 @@ fn write_vpc(xml: &mut Xml, state: &State, vpc: &Vpc) {
         .leaf("state", "available")
         .opt("cidrBlock", vpc.cidrs.first().map(|association| association.cidr));
     xml.list("cidrBlockAssociationSet", &vpc.cidrs, write_association);
+    ipv6::write_vpc(xml, &vpc.id, vpc.ipv6);
     xml.leaf("dhcpOptionsId", &vpc.dhcp_options).leaf("instanceTenancy", "default").leaf("isDefault", false);
     write_tags(xml, &vpc.tags);
 }
@@ -91,6 +93,14 @@ fn write_association(xml: &mut Xml, association: &CidrAssociation) {
 
 pub(super) fn associate_cidr(state: &mut State, _: &Call<'_>, p: &Reader<'_>) -> Result<Xml, ApiError> {
     let id: VpcId = p.required_id(Kind::Vpc, "VpcId")?;
+    if p.bool("AmazonProvidedIpv6CidrBlock")?.unwrap_or(false) {
+        p.end()?;
+        let net = state.give_vpc_ipv6(&id)?;
+        let mut xml = Xml::new();
+        xml.leaf("vpcId", &id);
+        xml.element("ipv6CidrBlockAssociation", |xml| ipv6::write_block(xml, id.as_str(), &net));
+        return Ok(xml);
+    }
     p.required("CidrBlock")?;
     let cidr = p.cidr("CidrBlock")?.ok_or_else(|| ApiError::missing("CidrBlock"))?;
     p.end()?;
@@ -105,9 +115,16 @@ pub(super) fn create_subnet(state: &mut State, call: &Call<'_>, p: &Reader<'_>) 
     p.required("CidrBlock")?;
     let cidr = p.cidr("CidrBlock")?.ok_or_else(|| ApiError::missing("CidrBlock"))?;
     let zone = p.opt("AvailabilityZone").or(p.opt("AvailabilityZoneId"));
+    let block = p.opt("Ipv6CidrBlock").map(ipv6::prefix).transpose()?;
     let tags = tag_specification(call, p, "subnet")?;
     p.end_or_dry_run()?;
     let id = state.create_subnet(&vpc, cidr, zone, tags)?;
+    if let Some(block) = block
+        && let Err(refused) = state.give_subnet_ipv6(&id, block)
+    {
+        state.delete_subnet(&id)?;
+        return Err(refused);
+    }
     let subnet = state.subnet(&id)?;
     let mut xml = Xml::new();
     xml.element("subnet", |xml| write_subnet(xml, state, subnet));
@@ -186,7 +203,6 @@ fn write_subnet(xml: &mut Xml, state: &State, subnet: &Subnet) {
         .leaf("ownerId", &state.options.account_id)
         .leaf("vpcId", &subnet.vpc)
         .leaf("cidrBlock", subnet.cidr)
-        .texts("ipv6CidrBlockAssociationSet", [""; 0])
         .leaf("availableIpAddressCount", subnet.pool.available())
         .leaf("availabilityZone", &subnet.zone.name)
         .leaf("availabilityZoneId", &subnet.zone.id)
@@ -194,6 +210,7 @@ fn write_subnet(xml: &mut Xml, state: &State, subnet: &Subnet) {
         .leaf("mapPublicIpOnLaunch", subnet.public_on_launch)
         .leaf("assignIpv6AddressOnCreation", false)
         .leaf("ipv6Native", false);
+    ipv6::write_subnet(xml, &subnet.id, subnet.ipv6);
     write_tags(xml, &subnet.tags);
 }
 

@@ -7,6 +7,7 @@ use flatwire_core::ids::{AttachmentId, DeviceIndex, EniId, InstanceId, MacAddres
 use flatwire_core::limits;
 use ipnet::Ipv4Net;
 
+use super::ipv6::Wanted6;
 use super::pool::{AddressPool, PREFIX_LEN, PREFIX_SIZE, Refused};
 use super::{State, Transition};
 use crate::error::{ApiError, Kind};
@@ -17,13 +18,14 @@ const GROUPS_MAX: usize = 5;
 /// IPv4 slots of an ENI that hangs on no instance: as many as the largest type gives.
 const DETACHED_SLOTS_MAX: u32 = 64;
 
-/// What an ENI is to hold besides its primary address. At most one of the four is set.
+/// What an ENI is to hold besides its primary address. At most one of the first four is set.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) addresses: Vec<Ipv4Addr>,
     pub(crate) count: u32,
     pub(crate) prefixes: Vec<Ipv4Net>,
     pub(crate) prefix_count: u32,
+    pub(crate) ipv6: Wanted6,
 }
 
 impl Wanted {
@@ -85,6 +87,7 @@ impl State {
             None => pool.pick(&mut self.rng).ok_or_else(ApiError::subnet_empty)?,
         };
         let taken = self.take(&mut pool, &new.wanted, On::Create)?;
+        let ipv6 = self.take_ipv6(&new.subnet, &new.wanted.ipv6)?;
         self.put_pool(&new.subnet, pool);
         let id = EniId::new(self.fresh_id(Kind::Interface)).expect("invariant: fresh ids are well formed");
         let eni = EniInfo {
@@ -96,6 +99,8 @@ impl State {
             primary_ipv4: primary,
             secondary: taken.addresses,
             prefixes: taken.prefixes,
+            ipv6: ipv6.addresses,
+            ipv6_prefixes: ipv6.prefixes,
             public: Default::default(),
             security_groups: groups,
             source_dest_check: true,

@@ -78,6 +78,13 @@ impl State {
         id
     }
 
+    pub(crate) fn open_default_group(&mut self, vpc: &VpcId) -> Result<(), ApiError> {
+        self.vpc(vpc)?;
+        let id = self.groups.values().find(|group| group.vpc == *vpc && group.name == "default").map(|g| g.id.clone());
+        let id = id.expect("invariant: every VPC has its default group, which cannot be deleted");
+        self.authorize(&id, vec![all_traffic(false, RulePeer::Ipv4(Ipv4Net::default()))]).map(drop)
+    }
+
     fn new_group(&mut self, vpc: &VpcId, name: &str, description: &str, tags: Tags) -> SecurityGroupId {
         let id = SecurityGroupId::new(self.fresh_id(Kind::Group)).expect("invariant: fresh ids are well formed");
         let open = all_traffic(true, RulePeer::Ipv4(Ipv4Net::default()));

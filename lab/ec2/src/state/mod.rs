@@ -8,6 +8,7 @@ pub(crate) mod eni;
 pub(crate) mod group;
 pub(crate) mod history;
 pub(crate) mod instance;
+pub(crate) mod ipv6;
 pub(crate) mod pool;
 pub(crate) mod tags;
 pub(crate) mod throttle;
@@ -242,6 +243,7 @@ impl State {
                 .values()
                 .map(|vpc| VpcView {
                     id: vpc.id.clone(),
+                    ipv6: vpc.ipv6,
                     cidrs: vpc.cidrs.iter().map(|association| association.cidr).collect(),
                     internet_gateway: self.gateways.values().any(|gateway| gateway.vpc.as_ref() == Some(&vpc.id)),
                     tags: vpc.tags.clone(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use flatwire_core::ids::{SecurityGroupId, SubnetId, VpcId};
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 
 use super::State;
 use super::pool::{AddressPool, ReservationKind};
@@ -20,6 +20,7 @@ pub(crate) struct Vpc {
     pub(crate) id: VpcId,
     /// The first is the VPC's own, the others were associated later.
     pub(crate) cidrs: Vec<CidrAssociation>,
+    pub(crate) ipv6: Option<Ipv6Net>,
     pub(crate) default_group: SecurityGroupId,
     pub(crate) dhcp_options: String,
     pub(crate) tags: Tags,
@@ -36,6 +37,7 @@ pub(crate) struct Subnet {
     pub(crate) id: SubnetId,
     pub(crate) vpc: VpcId,
     pub(crate) cidr: Ipv4Net,
+    pub(crate) ipv6: Option<Ipv6Net>,
     pub(crate) zone: Zone,
     pub(crate) pool: AddressPool,
     pub(crate) reservations: BTreeMap<String, Reservation>,
@@ -49,6 +51,7 @@ impl Subnet {
             id: self.id.clone(),
             vpc: self.vpc.clone(),
             cidr: self.cidr,
+            ipv6: self.ipv6,
             availability_zone: self.zone.name.clone(),
             availability_zone_id: self.zone.id.clone(),
             free_addresses: self.pool.available(),
@@ -140,7 +143,10 @@ impl State {
         let default_group = self.default_group(&id);
         let first = CidrAssociation { id: format!("vpc-cidr-assoc-{}", self.rng.hex17()), cidr };
         let dhcp_options = format!("dopt-{}", self.rng.hex17());
-        self.vpcs.insert(id.clone(), Vpc { id: id.clone(), cidrs: vec![first], default_group, dhcp_options, tags });
+        self.vpcs.insert(
+            id.clone(),
+            Vpc { id: id.clone(), cidrs: vec![first], ipv6: None, default_group, dhcp_options, tags },
+        );
         self.changed();
         Ok(id)
     }
@@ -225,6 +231,7 @@ impl State {
             id: id.clone(),
             vpc: vpc.clone(),
             cidr,
+            ipv6: None,
             zone,
             pool: AddressPool::new(cidr),
             reservations: BTreeMap::new(),

@@ -233,7 +233,7 @@ fn a_prefix_is_given_back_whole() {
 }
 
 #[test]
-fn types_without_nitro_take_no_prefixes_and_subnets_here_no_ipv6() {
+fn types_without_nitro_take_no_prefixes_and_subnets_without_a_block_no_ipv6() {
     let world = World::new();
     let eni = world.attached_eni("t2.medium");
     let prefix = [("NetworkInterfaceId", eni.as_str()), ("Ipv4PrefixCount", "1")];

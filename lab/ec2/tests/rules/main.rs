@@ -7,6 +7,7 @@ mod attachment;
 mod faults;
 mod http;
 mod imds;
+mod ipv6;
 mod protocol;
 mod reading;
 mod signing;

@@ -7,6 +7,7 @@ use ipnet::{IpNet, Ipv4Net};
 
 mod giving_back;
 mod growing;
+mod healing;
 mod repair;
 
 use super::*;
