@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::os::fd::AsFd as _;
 
 use netlink_packet_core::{
     DefaultNla, Emitable as _, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer,
@@ -20,6 +21,7 @@ use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::error::{Doing, Result};
 use crate::guard::{Allow, Detail, Guard};
@@ -340,27 +342,25 @@ fn open() -> std::io::Result<Socket> {
 
 fn transact(batch: Vec<(u16, NfTablesMessage)>) -> std::io::Result<()> {
     let socket = open()?;
-    let count = batch.len();
+    let last = batch.len();
     let mut bytes = message(NetfilterProtoFamily::Unspec, ControlMessage::BatchBegin, NLM_F_REQUEST);
-    for (flags, one) in batch {
+    for (number, (flags, one)) in (1..).zip(batch) {
+        // Refusals are always told, and one answer is enough: hundreds would not fit.
+        let flags = if number == last { flags | NLM_F_ACK } else { flags & !NLM_F_ACK };
         bytes.extend(message(NetfilterProtoFamily::IPv4, one, flags));
     }
     bytes.extend(message(NetfilterProtoFamily::Unspec, ControlMessage::BatchEnd, NLM_F_REQUEST));
-    socket.set_rx_buf_sz(1u32 << 20)?;
+    // Without root a large batch may still be too large; then sending says so.
+    let _ = setsockopt(&socket.as_fd(), sockopt::SndBufForce, &bytes.len().saturating_mul(2));
     socket.send(&bytes, 0)?;
-    let mut acknowledged = 0;
-    while acknowledged < count {
+    loop {
         let (datagram, _) = socket.recv_from_full()?;
         for reply in split(&datagram)? {
             if let NetlinkPayload::Error(error) = reply.payload {
-                if error.code.is_some() {
-                    return Err(error.to_io());
-                }
-                acknowledged += 1;
+                return if error.code.is_some() { Err(error.to_io()) } else { Ok(()) };
             }
         }
     }
-    Ok(())
 }
 
 fn dump_rules() -> std::io::Result<Vec<RuleMessage>> {
