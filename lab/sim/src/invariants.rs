@@ -126,11 +126,13 @@ pub struct Watch {
     failed_at: Time,
     started_at: Time,
     reads: BTreeMap<&'static str, VecDeque<Time>>,
-    /// EC2's list of this node as of then has reached the daemon.
-    read_of: Time,
+    /// When EC2 was last asked for its list of this node, and when it last answered a change of each ENI: a list asked for
+    /// before that answer says nothing of what the ENI lacks.
+    listing_since: Time,
+    changed: BTreeMap<EniId, Time>,
     /// The kernel as of then has reached the daemon.
     kernel_of: Time,
-    /// Taken from this node in EC2 by somebody else.
+    /// Taken from this node in EC2 by somebody else, which the daemon cannot know yet.
     taken: Vec<(EniId, Option<IpNet>, Time)>,
     /// Undone in the kernel by somebody else; `None` is the ruleset.
     flushed: BTreeMap<Option<EniId>, Time>,
@@ -207,7 +209,11 @@ impl Watch {
             }
             self.assigning.insert(op, eni.clone());
         }
-        self.in_flight.insert(op, (action, object(request), eni));
+        let object = object(request);
+        if object == "node" {
+            self.listing_since = now;
+        }
+        self.in_flight.insert(op, (action, object, eni));
     }
 
     pub(crate) fn answered(
@@ -217,7 +223,8 @@ impl Watch {
         read_at: Option<Time>,
         now: Time,
     ) {
-        let Some((action, object, _)) = self.in_flight.remove(&op) else { return };
+        let Some((action, object, eni)) = self.in_flight.remove(&op) else { return };
+        self.changed.extend(eni.map(|eni| (eni, now)));
         let assigning = self.assigning.remove(&op);
         if result.is_ok() {
             self.failures.retain(|(of, _), _| *of != action);
@@ -225,8 +232,8 @@ impl Watch {
         match result {
             Ok(CloudReply::Enis(_)) if object == "node" => {
                 let read_of = read_at.unwrap_or_default();
-                self.read_of = self.read_of.max(read_of);
-                self.taken.retain(|(_, _, at)| *at >= read_of);
+                let overtaken = |eni: &EniId| self.changed.get(eni).is_some_and(|at| *at >= self.listing_since);
+                self.taken.retain(|(eni, _, at)| *at >= read_of || overtaken(eni));
                 self.unread.clear();
             }
             Ok(CloudReply::Eni(view)) => {
@@ -357,9 +364,8 @@ impl<P: Policy> Node<P> {
             let device = attached.map(|attachment| attachment.device);
             (device.is_some() && info.is_some_and(holds), device == Some(DeviceIndex::PRIMARY))
         });
-        let behind_our_back = |(of, slot, at): &(EniId, Option<IpNet>, Time)| {
-            of == eni && slot.is_none_or(|slot| slot.contains(&address)) && *at >= self.watch.read_of
-        };
+        let behind_our_back =
+            |(of, slot, _): &(EniId, Option<IpNet>, Time)| of == eni && slot.is_none_or(|slot| slot.contains(&address));
         if !in_cloud && !self.watch.taken.iter().any(behind_our_back) {
             self.watch.broken(Rule::Routed, format!("{address} on {eni} is handed out; EC2 does not route it here"));
             return;
