@@ -362,13 +362,13 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
             Command::Persist(_) => {}
             Command::Reply { request, answer } => self.reply(request, answer),
             Command::Cloud { op, request } => self.call_cloud(op, request),
-            Command::Kernel { op, plan } => {
+            Command::Kernel { op, plan, look } => {
                 let (kernel, sender, probe) =
                     (self.driver.kernel.clone(), self.sender.clone(), self.driver.probe.clone());
                 self.driver.runtime.spawn(async move {
                     let work = async {
                         probe.reached(Point::before(Effect::Program));
-                        let report = kernel.apply(&plan).await?;
+                        let report = kernel.apply(&plan, &look).await?;
                         probe.reached(Point::after(Effect::Program));
                         Ok((report, kernel.pods().await?))
                     };

@@ -8,6 +8,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{EniId, MacAddress, RouteTable};
+use crate::settings::Settings;
 
 /// Rule priorities, shared with the add-on so that both layouts can stand side by side during a take-over.
 pub mod priority {
@@ -115,11 +116,44 @@ pub struct NodePlan {
     pub node_port: bool,
     /// MTU of every ENI, the primary included, in bytes.
     pub mtu: u32,
-    /// What else is to be known at this look. Looks differ in it without the plan being another one.
-    pub look: Look,
 }
 
-/// What changes from look to look.
+impl NodePlan {
+    /// A node with nothing but its primary ENI, everything else as where nothing is set.
+    pub fn new(primary: PrimaryPlan) -> Self {
+        Self {
+            primary,
+            enis: Vec::new(),
+            veth_prefix: "eni".to_owned(),
+            vpc: Vec::new(),
+            exclude_snat: Vec::new(),
+            external_services: Vec::new(),
+            marks: Marks::default(),
+            path_mtus: PathMtus::default(),
+            block_imds: false,
+            snat: Snat::ToPrimary(PortChoice::FullyRandom),
+            node_port: true,
+            mtu: 9001,
+        }
+    }
+
+    pub fn with_settings(self, settings: &Settings) -> Self {
+        Self {
+            veth_prefix: settings.veth_prefix.clone(),
+            exclude_snat: settings.exclude_snat.clone(),
+            external_services: settings.external_services.clone(),
+            marks: settings.marks,
+            path_mtus: settings.path_mtus,
+            block_imds: settings.block_imds,
+            snat: settings.snat,
+            node_port: settings.node_port,
+            mtu: settings.mtu,
+            ..self
+        }
+    }
+}
+
+/// What is to be known at one look at the kernel, beside the plan.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Look {
     /// Pods of the ledger: where a pod's link stands without its host route, the route is put back.

@@ -12,7 +12,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{AttachmentId, DeviceIndex, EniId, InstanceId, MacAddress, SecurityGroupId, SubnetId, VpcId};
-use crate::netplan::NodePlan;
+use crate::netplan::{Look, NodePlan};
 
 /// EC2 and IMDS.
 pub trait Cloud: Send + Sync + 'static {
@@ -327,7 +327,7 @@ pub trait Kernel: Send + Sync + 'static {
 
     /// Makes links, addresses, tables, rules, sysctls and nftables what the plan says, and reports what it changed. An ENI of
     /// the plan whose link has not appeared yet is named in the report; the others are programmed all the same.
-    fn apply(&self, plan: &NodePlan) -> impl Future<Output = Result<KernelReport, Self::Error>> + Send;
+    fn apply(&self, plan: &NodePlan, look: &Look) -> impl Future<Output = Result<KernelReport, Self::Error>> + Send;
 
     /// Returns when something may have changed in the kernel that the plan speaks of, by whomever: a reason to look, and
     /// no more. A body that cannot tell never returns.

@@ -13,7 +13,7 @@ use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flatwire_core::ids::{EniId, MacAddress, RouteTable};
-use flatwire_core::netplan::{EniPlan, Marks, NodePlan, priority};
+use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, priority};
 use flatwire_core::ports::{KernelReport, Repair, RepairKind};
 use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::route::{RouteMessage, RouteScope};
@@ -74,6 +74,7 @@ struct State {
 pub(crate) struct Run<'a> {
     kernel: &'a NodeKernel,
     plan: &'a NodePlan,
+    look: &'a Look,
     memory: &'a mut Memory,
     state: State,
     stands: BTreeSet<String>,
@@ -84,22 +85,27 @@ pub(crate) struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    pub async fn new(kernel: &'a NodeKernel, plan: &'a NodePlan, memory: &'a mut Memory) -> Result<Self, KernelError> {
+    pub async fn new(
+        kernel: &'a NodeKernel,
+        plan: &'a NodePlan,
+        look: &'a Look,
+        memory: &'a mut Memory,
+    ) -> Result<Self, KernelError> {
         let nl = &kernel.nl;
         // Links before routes: a pod's link comes up and gets its route in one datagram.
         let links = nl.links().await?;
         let addresses = nl.addresses().await?;
         let messages = nl.route_messages(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).await?;
         let mut routes: Vec<Route> = messages.iter().filter_map(Route::parse).collect();
-        if plan.look.pods.iter().any(|pod| pod.address.is_ipv6()) {
+        if look.pods.iter().any(|pod| pod.address.is_ipv6()) {
             routes.extend(nl.routes_of(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).await?);
         }
         let state = State { links, addresses, messages, routes, rules: nl.rules().await? };
         let report = KernelReport { repaired: memory.untold.drain(..).collect(), ..KernelReport::default() };
         // What is let be stays what it was: the repair that is made later still is one.
-        let stands = memory.stood.intersection(&plan.look.let_be).cloned().collect();
+        let stands = memory.stood.intersection(&look.let_be).cloned().collect();
         let errors = Vec::new();
-        Ok(Self { kernel, plan, memory, state, stands, let_be: 0, report, errors })
+        Ok(Self { kernel, plan, look, memory, state, stands, let_be: 0, report, errors })
     }
 
     pub async fn node(mut self) -> Result<KernelReport, KernelError> {
@@ -184,7 +190,7 @@ impl<'a> Run<'a> {
             self.stands.insert(object.to_owned());
             return false;
         }
-        !self.plan.look.let_be.contains(object)
+        !self.look.let_be.contains(object)
     }
 
     /// Takes note of what became of putting an object right.
@@ -409,7 +415,7 @@ impl<'a> Run<'a> {
             by_address.entry(route.destination.addr()).or_default().push(route.link);
         }
         let mut wanted = Vec::new();
-        for pod in &self.plan.look.pods {
+        for pod in &self.look.pods {
             let Some(link) = by_name.get(pod.link.as_str()) else { continue };
             let proven = link.mac == Some(pod.mac);
             if !link.is_veth() || !link.up || link.peer_netns.is_none() || !(proven || pod.settled) {
@@ -424,7 +430,7 @@ impl<'a> Run<'a> {
                 wanted.push((pod.address, link.name.clone(), request));
             }
         }
-        wanted.retain(|(address, ..)| !self.plan.look.let_be.contains(&pod_object(*address)));
+        wanted.retain(|(address, ..)| !self.look.let_be.contains(&pod_object(*address)));
         if wanted.is_empty() {
             return;
         }
@@ -519,7 +525,7 @@ impl<'a> Run<'a> {
             macs.filter_map(|mac| self.link_of(mac))
                 .map(|link| (format!("net/ipv4/conf/{}/rp_filter", link.name), "2")),
         );
-        wishes.retain(|(key, _)| !plan.look.let_be.contains(&format!("sysctl {key}")));
+        wishes.retain(|(key, _)| !self.look.let_be.contains(&format!("sysctl {key}")));
         let set = || Ok(wishes.iter().map(|(key, value)| sysctl::set(key, value)).collect::<Vec<_>>());
         let outcomes = match in_netns(&self.kernel.netns, set) {
             Ok(outcomes) => outcomes,
@@ -545,7 +551,7 @@ impl<'a> Run<'a> {
 
     /// Drops what the kernel remembers of addresses that pods have left.
     async fn forget(&mut self) {
-        if let Err(e) = self.kernel.conntrack.forget(&self.plan.look.left).await {
+        if let Err(e) = self.kernel.conntrack.forget(&self.look.left).await {
             // A kernel without ctnetlink: as it is with the add-on.
             self.lacks(format!("connections of addresses that pods have left are not forgotten: {e}"));
         }

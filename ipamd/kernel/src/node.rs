@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};
 
 use flatwire_core::ids::RouteTable;
-use flatwire_core::netplan::NodePlan;
+use flatwire_core::netplan::{Look, NodePlan};
 use flatwire_core::ports::{Kernel, KernelReport, PodsSeen};
 use tokio::sync::Mutex;
 
@@ -41,10 +41,10 @@ pub struct NodeLink {
 impl Kernel for NodeKernel {
     type Error = KernelError;
 
-    async fn apply(&self, plan: &NodePlan) -> Result<KernelReport, KernelError> {
+    async fn apply(&self, plan: &NodePlan, look: &Look) -> Result<KernelReport, KernelError> {
         check(plan)?;
         let mut memory = self.memory.lock().await;
-        Run::new(self, plan, &mut memory).await?.node().await
+        Run::new(self, plan, look, &mut memory).await?.node().await
     }
 
     async fn changed(&self) -> Result<(), KernelError> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use common::{add_netns, await_carrier, exchange, in_testbed, ip, sh, udp_in, v4};
 use flatwire_core::ids::{EniId, RouteTable};
 use flatwire_core::naming::mac;
-use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PodPlan, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, NodePlan, PodPlan, PrimaryPlan};
 use flatwire_core::ports::{Kernel, Repair, RepairKind};
 use flatwire_kernel::netns::in_netns;
 use flatwire_kernel::pod::{PodUnwiring, PodWiring, host_if_name, unwire, wire};
@@ -49,12 +49,12 @@ fn node() -> Netns {
 }
 
 fn plan() -> NodePlan {
+    let primary = PrimaryPlan {
+        id: EniId::new("eni-0").expect("an id"),
+        mac: MAC_0.parse().expect("a MAC"),
+        address: "10.0.0.10".parse().expect("an address"),
+    };
     NodePlan {
-        primary: PrimaryPlan {
-            id: EniId::new("eni-0").expect("an id"),
-            mac: MAC_0.parse().expect("a MAC"),
-            address: "10.0.0.10".parse().expect("an address"),
-        },
         enis: vec![EniPlan {
             id: EniId::new("eni-1").expect("an id"),
             mac: MAC_1.parse().expect("a MAC"),
@@ -64,22 +64,10 @@ fn plan() -> NodePlan {
             mark: 1,
             sources: ["10.0.1.21/32"].into_iter().map(|s| s.parse().expect("a net")).collect(),
         }],
-        veth_prefix: "eni".to_owned(),
         vpc: vec!["10.0.0.0/24".parse().expect("a net")],
-        exclude_snat: Vec::new(),
-        external_services: Vec::new(),
-        marks: Marks::default(),
-        path_mtus: PathMtus::default(),
-        block_imds: false,
-        snat: Snat::ToPrimary(PortChoice::FullyRandom),
-        node_port: true,
         mtu: 1500,
-        look: Look::default(),
+        ..NodePlan::new(primary)
     }
-}
-
-fn with(look: Look) -> NodePlan {
-    NodePlan { look, ..plan() }
 }
 
 async fn pod(name: &str, address: &str) -> (PodWiring, Netns) {
@@ -116,12 +104,12 @@ fn known(wiring: &PodWiring) -> PodPlan {
     PodPlan { address: wiring.address, link: wiring.host_if.clone(), mac: mac(&wiring.seed, "host"), settled: false }
 }
 
-fn pods(pods: impl IntoIterator<Item = PodPlan>) -> NodePlan {
-    with(Look { pods: pods.into_iter().collect(), ..Look::default() })
+fn pods(pods: impl IntoIterator<Item = PodPlan>) -> Look {
+    Look { pods: pods.into_iter().collect(), ..Look::default() }
 }
 
-async fn repairs(kernel: &NodeKernel, plan: &NodePlan) -> Vec<Repair> {
-    kernel.apply(plan).await.expect("the node is programmed").repaired
+async fn repairs(kernel: &NodeKernel, look: &Look) -> Vec<Repair> {
+    kernel.apply(&plan(), look).await.expect("the node is programmed").repaired
 }
 
 fn texts(repairs: &[Repair]) -> Vec<&str> {
@@ -136,7 +124,7 @@ async fn within<T>(time: Duration, work: impl Future<Output = T>) -> Option<T> {
 async fn looks_until_silence(kernel: &NodeKernel) -> usize {
     let mut looks = 0;
     while within(SILENCE, kernel.changed()).await.is_some() {
-        kernel.apply(&plan()).await.expect("the node is programmed");
+        kernel.apply(&plan(), &Look::default()).await.expect("the node is programmed");
         looks += 1;
         assert!(looks < 10, "our own changes are heard without end");
     }
@@ -148,7 +136,7 @@ fn every_change_that_matters_is_heard_and_our_own_do_not_go_on() {
     in_testbed(|| async {
         node();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         looks_until_silence(&kernel).await;
         for change in [
             "ip rule del pref 512",
@@ -170,7 +158,7 @@ fn every_change_that_matters_is_heard_and_our_own_do_not_go_on() {
         ] {
             sh(change);
             within(DEADLINE, kernel.changed()).await.unwrap_or_else(|| panic!("not heard: {change}")).unwrap();
-            kernel.apply(&plan()).await.unwrap();
+            kernel.apply(&plan(), &Look::default()).await.unwrap();
             assert!(looks_until_silence(&kernel).await <= 2, "{change}");
         }
     });
@@ -181,7 +169,7 @@ fn pods_that_come_and_tables_of_others_are_not_heard() {
     in_testbed(|| async {
         node();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         looks_until_silence(&kernel).await;
         pod("a", "10.0.0.11").await;
         sh("nft add table ip kube-proxy; nft add chain ip kube-proxy c; nft add rule ip kube-proxy c accept");
@@ -194,7 +182,7 @@ fn a_loss_of_events_is_a_reason_to_look() {
     in_testbed(|| async {
         node();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         looks_until_silence(&kernel).await;
         // More than the socket holds, none of which matters by itself.
         sh("for i in $(seq 1 2000); do echo \"route add 10.9.$((i / 250)).$((i % 250)) dev lo proto 70\"; done | ip -b -
@@ -271,8 +259,8 @@ fn a_del_under_repairs_leaves_no_route() {
         for n in 1..=30 {
             wired.push(pod(&format!("p{n}"), &format!("10.0.0.{}", 100 + n)).await);
         }
-        let plan = pods(wired.iter().map(|(wiring, _)| known(wiring)));
-        kernel.apply(&plan).await.unwrap();
+        let look = pods(wired.iter().map(|(wiring, _)| known(wiring)));
+        kernel.apply(&plan(), &look).await.unwrap();
         let done = AtomicBool::new(false);
         let here = Netns::current().unwrap();
         std::thread::scope(|scope| {
@@ -299,14 +287,14 @@ fn a_del_under_repairs_leaves_no_route() {
             let repairing = scope.spawn(|| {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
                 while !done.load(Ordering::Relaxed) {
-                    runtime.block_on(kernel.apply(&plan)).expect("the node is programmed");
+                    runtime.block_on(kernel.apply(&plan(), &look)).expect("the node is programmed");
                 }
             });
             for thread in [taking_down, flushing, repairing] {
                 thread.join().expect("no thread panicked");
             }
         });
-        kernel.apply(&plan).await.unwrap();
+        kernel.apply(&plan(), &look).await.unwrap();
         let left: Vec<_> =
             ip("route").into_iter().filter(|r| r["dev"].as_str().is_some_and(|d| d.starts_with("eni"))).collect();
         assert!(left.is_empty(), "{left:?}");
@@ -318,7 +306,7 @@ fn what_is_let_be_stays_as_it_is_and_counts_when_it_is_put_right_later() {
     in_testbed(|| async {
         node();
         let kernel = NodeKernel::open().unwrap();
-        let report = kernel.apply(&plan()).await.unwrap();
+        let report = kernel.apply(&plan(), &Look::default()).await.unwrap();
         assert_eq!(report.programmed.len(), 2);
         assert!(report.repaired.iter().all(|repair| !repair.undone), "a first run undoes nobody's deed");
         for (change, object, serves) in [
@@ -331,16 +319,16 @@ fn what_is_let_be_stays_as_it_is_and_counts_when_it_is_put_right_later() {
         ] {
             sh(change);
             let let_be = BTreeSet::from([object.to_owned()]);
-            let report = kernel.apply(&with(Look { let_be, ..Look::default() })).await.unwrap();
+            let report = kernel.apply(&plan(), &Look { let_be, ..Look::default() }).await.unwrap();
             assert!(report.repaired.iter().all(|repair| repair.object != object), "{change}: {:#?}", report.repaired);
             assert_eq!(
                 report.programmed.len(),
                 serves,
                 "{change}: no pod is to be placed where its way out is missing"
             );
-            let later = repairs(&kernel, &plan()).await;
+            let later = repairs(&kernel, &Look::default()).await;
             assert!(later.iter().any(|r| r.object == object && r.undone), "{change}: {later:#?}");
-            assert_eq!(kernel.apply(&plan()).await.unwrap().programmed.len(), 2);
+            assert_eq!(kernel.apply(&plan(), &Look::default()).await.unwrap().programmed.len(), 2);
         }
     });
 }
@@ -350,30 +338,30 @@ fn the_nodes_own_way_out_is_put_back_as_it_was() {
     in_testbed(|| async {
         node();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         let main = || sh("ip route | sort");
         let before = main();
         sh("ip route flush table main");
-        let told = repairs(&kernel, &plan()).await;
+        let told = repairs(&kernel, &Look::default()).await;
         assert!(told.iter().all(|r| r.kind == RepairKind::NodeRoute && r.undone), "{told:#?}");
         assert!(
             texts(&told).contains(&"the node's route default via 10.0.0.1 by eth0 put back into table main"),
             "{told:#?}"
         );
         assert_eq!(main(), before);
-        assert_eq!(repairs(&kernel, &plan()).await, []);
+        assert_eq!(repairs(&kernel, &Look::default()).await, []);
         // An ENI that was down has lost them likewise.
         sh("ip link set eth0 down");
-        repairs(&kernel, &plan()).await;
+        repairs(&kernel, &Look::default()).await;
         await_carrier(None, "eth0");
-        repairs(&kernel, &plan()).await;
+        repairs(&kernel, &Look::default()).await;
         assert_eq!(main(), before);
 
         // Not ours to judge: the default route is another one, or the address is given back.
         sh("ip route replace default via 10.0.0.3 dev eth0 metric 512");
-        assert_eq!(repairs(&kernel, &plan()).await, []);
+        assert_eq!(repairs(&kernel, &Look::default()).await, []);
         sh("ip route del default; ip addr flush dev eth0");
-        assert_eq!(repairs(&kernel, &plan()).await, []);
+        assert_eq!(repairs(&kernel, &Look::default()).await, []);
         assert_eq!(sh("ip route show default"), "");
     });
 }
@@ -383,12 +371,12 @@ fn a_renamed_link_is_followed_and_told() {
     in_testbed(|| async {
         node();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         for (from, to, eni) in [("eth1", "ens6", "eni-1"), ("eth0", "ens5", "eni-0")] {
             sh(&format!(
                 "ip link set {from} down; ip link set {from} name {to}; echo 1 > /proc/sys/net/ipv4/conf/{to}/rp_filter"
             ));
-            let told = repairs(&kernel, &plan()).await;
+            let told = repairs(&kernel, &Look::default()).await;
             let renamed = told.iter().find(|r| r.object == format!("name of {eni}'s interface"));
             assert!(renamed.is_some_and(|r| r.undone && r.text.contains(to)), "{told:#?}");
             assert_eq!(
@@ -414,7 +402,7 @@ fn the_next_pod_inherits_no_connection() {
     in_testbed(|| async {
         let r1 = node();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         sh("ip -n r1 route add default via 10.0.0.10");
         let (left, other) = (v4("10.0.0.11"), v4("10.0.0.13"));
         let (a, a_netns) = pod("a", "10.0.0.11").await;
@@ -432,13 +420,13 @@ fn the_next_pod_inherits_no_connection() {
         sh("ip netns del a");
         unwire(&gone(&a)).await.unwrap();
         let look = Look { left: [left].into(), ..Look::default() };
-        let report = kernel.apply(&with(look)).await.unwrap();
+        let report = kernel.apply(&plan(), &look).await.unwrap();
         assert_eq!(report.lacking, Vec::<String>::new());
         assert_eq!((connections(left), connections(other)), (0, 1), "and nobody else's");
 
         // Many at once go by another way, to the same end.
         let many: BTreeSet<IpAddr> = (1..=20).map(|n| v4(&format!("10.0.0.{n}"))).collect();
-        kernel.apply(&with(Look { left: many, ..Look::default() })).await.unwrap();
+        kernel.apply(&plan(), &Look { left: many, ..Look::default() }).await.unwrap();
         assert_eq!(connections(other), 0);
     });
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{add_netns, await_carrier, exchange, in_testbed, sh, udp_in, v4};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, NodePlan, PortChoice, PrimaryPlan, Snat};
 use flatwire_core::ports::Kernel;
 use flatwire_kernel::nft::{Chain, Family, Hook, Map, Nft, Ports, Rule, Set, Table};
 use flatwire_kernel::{NodeKernel, Route};
@@ -14,24 +14,17 @@ use ipnet::Ipv4Net;
 use serde_json::Value;
 
 fn plan(enis: Vec<EniPlan>) -> NodePlan {
+    let primary = PrimaryPlan {
+        id: EniId::new("eni-0").expect("an id"),
+        mac: "02:00:00:00:00:10".parse().expect("a MAC"),
+        address: "10.0.0.10".parse().expect("an address"),
+    };
     NodePlan {
-        primary: PrimaryPlan {
-            id: EniId::new("eni-0").expect("an id"),
-            mac: "02:00:00:00:00:10".parse().expect("a MAC"),
-            address: "10.0.0.10".parse().expect("an address"),
-        },
         enis,
-        veth_prefix: "eni".to_owned(),
         vpc: vec!["10.0.0.0/16".parse().expect("a net")],
         exclude_snat: vec!["100.64.0.0/10".parse().expect("a net")],
-        external_services: Vec::new(),
-        marks: Marks::default(),
-        path_mtus: PathMtus::default(),
-        block_imds: false,
-        snat: Snat::ToPrimary(PortChoice::FullyRandom),
-        node_port: true,
         mtu: 1500,
-        look: Look::default(),
+        ..NodePlan::new(primary)
     }
 }
 
@@ -104,7 +97,7 @@ fn the_nodes_table_is_the_golden_one() {
                         eni(2, &["10.0.2.0/28", "10.0.2.16/28", "10.0.2.200/32"]),
                     ]);
                     change(&mut plan);
-                    NodeKernel::open().unwrap().apply(&plan).await.unwrap();
+                    NodeKernel::open().unwrap().apply(&plan, &Look::default()).await.unwrap();
                     golden(name);
                 });
             });
@@ -144,11 +137,11 @@ fn a_full_instance_fits_into_one_transaction() {
         });
         let plan = plan(enis.collect());
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan).await.unwrap();
+        kernel.apply(&plan, &Look::default()).await.unwrap();
         let listed: Value = serde_json::from_str(&sh("nft -j list map ip flatwire pod-eni")).unwrap();
         let elements = listed["nftables"][1]["map"]["elem"].as_array().unwrap().len();
         assert_eq!(elements, 3000);
-        assert!(kernel.apply(&plan).await.unwrap().repaired.is_empty());
+        assert!(kernel.apply(&plan, &Look::default()).await.unwrap().repaired.is_empty());
     });
 }
 
@@ -262,7 +255,7 @@ fn rules_are_as_many_with_500_pods_as_with_10() {
                     .collect();
                 eni
             });
-            kernel.apply(&plan(enis.to_vec())).await.unwrap();
+            kernel.apply(&plan(enis.to_vec()), &Look::default()).await.unwrap();
             counts.push(counted());
         }
         let [(policy, rules, few), (policy_then, rules_then, many)] = [counts[0], counts[1]];

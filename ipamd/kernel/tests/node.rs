@@ -12,7 +12,7 @@ use std::net::UdpSocket;
 
 use common::{add_netns, await_carrier, exchange, in_testbed, ip, sh, udp, udp_in, v4};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, NodePlan, PrimaryPlan, Snat};
 use flatwire_core::ports::{Kernel, Repair};
 use flatwire_kernel::pod::{PodWiring, host_if_name, unwire, wire};
 use flatwire_kernel::{Netns, NodeKernel};
@@ -50,12 +50,12 @@ fn vpc() -> Vpc {
 }
 
 fn plan() -> NodePlan {
+    let primary = PrimaryPlan {
+        id: EniId::new("eni-0").expect("an id"),
+        mac: MAC_0.parse().expect("a MAC"),
+        address: "10.0.0.10".parse().expect("an address"),
+    };
     NodePlan {
-        primary: PrimaryPlan {
-            id: EniId::new("eni-0").expect("an id"),
-            mac: MAC_0.parse().expect("a MAC"),
-            address: "10.0.0.10".parse().expect("an address"),
-        },
         enis: vec![EniPlan {
             id: EniId::new("eni-1").expect("an id"),
             mac: MAC_1.parse().expect("a MAC"),
@@ -65,17 +65,9 @@ fn plan() -> NodePlan {
             mark: 1,
             sources: ["10.0.1.21/32", "10.0.1.32/28"].into_iter().map(|s| s.parse().expect("a net")).collect(),
         }],
-        veth_prefix: "eni".to_owned(),
         vpc: vec!["10.0.0.0/16".parse().expect("a net")],
         exclude_snat: vec!["192.168.0.0/24".parse().expect("a net")],
-        external_services: Vec::new(),
-        marks: Marks::default(),
-        path_mtus: PathMtus::default(),
-        block_imds: false,
-        snat: Snat::ToPrimary(PortChoice::FullyRandom),
-        node_port: true,
-        mtu: 9001,
-        look: Look::default(),
+        ..NodePlan::new(primary)
     }
 }
 
@@ -116,7 +108,7 @@ fn a_programmed_node_has_the_shape_of_the_design() {
         vpc();
         sh("ip rule add pref 512 to 10.0.1.99 lookup main; ip rule add pref 1536 from 10.0.1.99 lookup 2");
         let kernel = NodeKernel::open().unwrap();
-        let report = kernel.apply(&plan()).await.unwrap();
+        let report = kernel.apply(&plan(), &Look::default()).await.unwrap();
         assert_eq!(report.programmed.iter().map(|id| id.as_str()).collect::<Vec<_>>(), ["eni-0", "eni-1"]);
         assert!(report.missing_links.is_empty());
         assert!(report.repaired.len() > 8, "{:#?}", report.repaired);
@@ -157,14 +149,14 @@ fn a_second_run_changes_nothing() {
     in_testbed(|| async {
         vpc();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         let before = node_snapshot();
         for _ in 0..2 {
-            assert_eq!(kernel.apply(&plan()).await.unwrap().repaired, []);
+            assert_eq!(kernel.apply(&plan(), &Look::default()).await.unwrap().repaired, []);
         }
         // A restarted daemon knows nothing of the first.
         let restarted = NodeKernel::open().unwrap();
-        assert_eq!(restarted.apply(&plan()).await.unwrap().repaired, []);
+        assert_eq!(restarted.apply(&plan(), &Look::default()).await.unwrap().repaired, []);
         assert_eq!(node_snapshot(), before);
     });
 }
@@ -201,16 +193,16 @@ fn what_others_flush_is_put_back_and_told() {
                 in_testbed(|| async {
                     vpc();
                     let kernel = NodeKernel::open().unwrap();
-                    kernel.apply(&plan()).await.unwrap();
+                    kernel.apply(&plan(), &Look::default()).await.unwrap();
                     let before = node_snapshot();
                     sh(tampering);
-                    let repaired = kernel.apply(&plan()).await.unwrap().repaired;
+                    let repaired = kernel.apply(&plan(), &Look::default()).await.unwrap().repaired;
                     assert!(
                         repaired.iter().any(|r| r.text.contains(sentence) && r.undone),
                         "{tampering}: {repaired:#?}"
                     );
                     assert_eq!(node_snapshot(), before, "{tampering}");
-                    assert_eq!(kernel.apply(&plan()).await.unwrap().repaired, [], "{tampering}");
+                    assert_eq!(kernel.apply(&plan(), &Look::default()).await.unwrap().repaired, [], "{tampering}");
                 });
             });
             case.join().unwrap_or_else(|_| panic!("{tampering}"));
@@ -243,12 +235,12 @@ fn what_is_not_ours_is_left_alone() {
         ]
         .map(|command| (command, sh(command)));
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         let mut without = plan();
         without.enis.clear();
-        kernel.apply(&without).await.unwrap();
+        kernel.apply(&without, &Look::default()).await.unwrap();
         sh("nft add rule ip other c accept; nft flush chain ip other c");
-        assert_eq!(kernel.apply(&without).await.unwrap().repaired, [], "others' nftables changes");
+        assert_eq!(kernel.apply(&without, &Look::default()).await.unwrap().repaired, [], "others' nftables changes");
         kernel.clear().await.unwrap();
         for (command, before) in foreign {
             // The MTU of the link is in the listing of addresses.
@@ -263,10 +255,10 @@ fn an_eni_that_leaves_the_plan_loses_its_rules_and_table() {
     in_testbed(|| async {
         vpc();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         let mut without = plan();
         without.enis.clear();
-        let repaired = kernel.apply(&without).await.unwrap().repaired;
+        let repaired = kernel.apply(&without, &Look::default()).await.unwrap().repaired;
         let deleted = |r: &&Repair| r.text == "rule 1536: fwmark 0x1/0x7f lookup 2 deleted";
         let deleted = repaired.iter().find(deleted).unwrap_or_else(|| panic!("{repaired:#?}"));
         assert!(!deleted.undone, "wanted, and nobody's deed");
@@ -282,16 +274,16 @@ fn a_link_that_comes_late_is_named_and_then_programmed() {
         vpc();
         sh("ip link del late7");
         let kernel = NodeKernel::open().unwrap();
-        let report = kernel.apply(&plan()).await.unwrap();
+        let report = kernel.apply(&plan(), &Look::default()).await.unwrap();
         assert_eq!(report.missing_links.iter().map(|id| id.as_str()).collect::<Vec<_>>(), ["eni-1"]);
         assert_eq!(report.programmed.iter().map(|id| id.as_str()).collect::<Vec<_>>(), ["eni-0"]);
         sh(&format!("ip link add ens7 address {MAC_1} type veth peer name e netns r2; ip -n r2 link set e up"));
-        let report = kernel.apply(&plan()).await.unwrap();
+        let report = kernel.apply(&plan(), &Look::default()).await.unwrap();
         assert!(report.missing_links.is_empty() && report.programmed.len() == 2, "{report:#?}");
         assert_eq!(ip("route show table 2 default")[0]["dev"], "ens7");
         // Gone again: it is named, and what stands of it is not torn down.
         sh("ip link del ens7");
-        let report = kernel.apply(&plan()).await.unwrap();
+        let report = kernel.apply(&plan(), &Look::default()).await.unwrap();
         assert_eq!(report.missing_links.len(), 1);
         assert!(report.repaired.iter().all(|repair| !repair.undone), "nothing comes in by it any more: {report:#?}");
         assert_eq!(ip("rule show pref 1536").len(), 1);
@@ -314,7 +306,7 @@ fn plans_that_would_do_harm_are_refused() {
         for (position, harm) in harms.into_iter().enumerate() {
             let mut plan = plan();
             harm(&mut plan);
-            assert!(kernel.apply(&plan).await.is_err(), "harm {position}");
+            assert!(kernel.apply(&plan, &Look::default()).await.is_err(), "harm {position}");
             assert_eq!(node_snapshot(), before);
         }
     });
@@ -363,7 +355,7 @@ fn packets_leave_by_the_eni_of_their_pod_and_outside_ones_translated() {
     in_testbed(|| async {
         let vpc = vpc();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         let (_, a) = pod("pod-a", "10.0.0.11").await;
         let (_, b) = pod("pod-b", "10.0.1.21").await;
         let (in_a, in_b) = (udp_in(&a, v4("10.0.0.11"), 700), udp_in(&b, v4("10.0.1.21"), 700));
@@ -390,7 +382,7 @@ fn a_host_route_of_the_nodes_own_does_not_catch_its_pods() {
         let vpc = vpc();
         // systemd-networkd routes to the DNS servers it learned by DHCP, and those are in the VPC.
         sh("ip route add 10.0.0.2 via 10.0.0.1 dev eth0 proto dhcp");
-        NodeKernel::open().unwrap().apply(&plan()).await.unwrap();
+        NodeKernel::open().unwrap().apply(&plan(), &Look::default()).await.unwrap();
         let (_, b) = pod("pod-b", "10.0.1.21").await;
         let in_b = udp_in(&b, v4("10.0.1.21"), 700);
         let resolver = Ears::new(&vpc, "10.0.0.2", 53);
@@ -404,7 +396,7 @@ fn a_host_route_of_the_nodes_own_does_not_catch_its_pods() {
 fn whoever_calls_a_pod_from_outside_is_answered_by_the_same_eni() {
     in_testbed(|| async {
         let vpc = vpc();
-        NodeKernel::open().unwrap().apply(&plan()).await.unwrap();
+        NodeKernel::open().unwrap().apply(&plan(), &Look::default()).await.unwrap();
         let (_, b) = pod("pod-b", "10.0.1.21").await;
         let in_b = udp_in(&b, v4("10.0.1.21"), 700);
         let caller = udp_in(&vpc.r2, v4("198.51.100.1"), 4000);
@@ -425,7 +417,7 @@ fn services_are_judged_by_their_real_destination() {
     in_testbed(|| async {
         let vpc = vpc();
         sh(PROXY);
-        NodeKernel::open().unwrap().apply(&plan()).await.unwrap();
+        NodeKernel::open().unwrap().apply(&plan(), &Look::default()).await.unwrap();
         let (_, b) = pod("pod-b", "10.0.1.21").await;
         let in_b = udp_in(&b, v4("10.0.1.21"), 700);
         let call = |service: &str, ear: &UdpSocket| {
@@ -448,7 +440,7 @@ fn a_node_port_is_answered_by_the_primary_eni() {
         sh(PROXY);
         let kernel = NodeKernel::open().unwrap();
         for snat in [plan().snat, Snat::External] {
-            kernel.apply(&NodePlan { snat, ..plan() }).await.unwrap();
+            kernel.apply(&NodePlan { snat, ..plan() }, &Look::default()).await.unwrap();
             let (wiring, b) = pod("pod-b", "10.0.1.21").await;
             let in_b = udp_in(&b, v4("10.0.1.21"), 700);
             let caller = udp_in(&vpc.r1, v4("198.51.100.1"), 4000);
@@ -477,20 +469,20 @@ fn with_external_snat_nothing_is_translated_but_old_connections_live_on() {
     in_testbed(|| async {
         let vpc = vpc();
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         let (_, b) = pod("pod-b", "10.0.1.21").await;
         let old = udp_in(&b, v4("10.0.1.21"), 700);
         let outside = Ears::new(&vpc, "198.51.100.1", 53);
         assert_eq!(outside.heard_by_primary(&old), "10.0.0.10");
 
-        kernel.apply(&NodePlan { snat: Snat::External, node_port: false, ..plan() }).await.unwrap();
+        kernel.apply(&NodePlan { snat: Snat::External, node_port: false, ..plan() }, &Look::default()).await.unwrap();
         let new = udp_in(&b, v4("10.0.1.21"), 701);
         let elsewhere = Ears::new(&vpc, "198.51.100.1", 54);
         assert_eq!(elsewhere.heard_by_second(&new), "10.0.1.21");
         assert_eq!(outside.heard_by_primary(&old), "10.0.0.10");
 
         // And a connection that began untranslated stays so when translation begins.
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         assert_eq!(elsewhere.heard_by_second(&new), "10.0.1.21");
     });
 }
@@ -501,7 +493,7 @@ fn pod_routes_are_a_veto_and_pods_of_the_add_on_count() {
         vpc();
         sh("ip route add 10.0.0.2 via 10.0.0.1 dev eth0 proto dhcp");
         let kernel = NodeKernel::open().unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         assert!(kernel.pods().await.unwrap().routes.is_empty());
         let (wiring, _netns) = pod("pod-b", "10.0.1.21").await;
         // As the add-on wires: no group, no protocol number, two rules.
@@ -510,7 +502,7 @@ fn pod_routes_are_a_veto_and_pods_of_the_add_on_count() {
             ip rule add pref 512 to 10.0.1.33 lookup main; ip rule add pref 1536 from 10.0.1.33 lookup 2");
         let routes: Vec<String> = kernel.pods().await.unwrap().routes.iter().map(ToString::to_string).collect();
         assert_eq!(routes, ["10.0.1.21", "10.0.1.33"]);
-        let repaired = kernel.apply(&plan()).await.unwrap().repaired;
+        let repaired = kernel.apply(&plan(), &Look::default()).await.unwrap().repaired;
         assert_eq!(
             repaired.iter().map(|r| r.text.as_str()).collect::<Vec<_>>(),
             ["interface eni0000000001 put into group 70"]
@@ -527,7 +519,7 @@ fn a_cleared_node_has_nothing_left_over() {
         let kernel = NodeKernel::open().unwrap();
         assert_eq!(kernel.leftovers("eni").await.unwrap(), Vec::<String>::new());
         kernel.clear().await.unwrap();
-        kernel.apply(&plan()).await.unwrap();
+        kernel.apply(&plan(), &Look::default()).await.unwrap();
         let (wiring, _netns) = pod("pod-b", "10.0.1.21").await;
         let found = kernel.leftovers("eni").await.unwrap();
         for wanted in

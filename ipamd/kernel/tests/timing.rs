@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use common::{add_netns, in_testbed, sh};
 use flatwire_core::ids::{EniId, RouteTable};
-use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, Look, NodePlan, PrimaryPlan};
 use flatwire_core::ports::Kernel;
 use flatwire_kernel::NodeKernel;
 use flatwire_kernel::pod::{Expected, PodUnwiring, PodWiring, check, host_if_name, unwire, wire};
@@ -81,44 +81,32 @@ fn node() {
                         .collect(),
                 }
             });
-            let plan = NodePlan {
-                primary: PrimaryPlan {
-                    id: EniId::new("eni-0").expect("an id"),
-                    mac: "02:00:00:00:00:10".parse().expect("a MAC"),
-                    address: "10.0.0.10".parse().expect("an address"),
-                },
-                enis: enis.collect(),
-                veth_prefix: "eni".to_owned(),
-                vpc: vec!["10.0.0.0/8".parse().expect("a net")],
-                exclude_snat: vec![],
-                external_services: Vec::new(),
-                marks: Marks::default(),
-                path_mtus: PathMtus::default(),
-                block_imds: false,
-                snat: Snat::ToPrimary(PortChoice::FullyRandom),
-                node_port: true,
-                mtu: 1500,
-                look: Look::default(),
+            let primary = PrimaryPlan {
+                id: EniId::new("eni-0").expect("an id"),
+                mac: "02:00:00:00:00:10".parse().expect("a MAC"),
+                address: "10.0.0.10".parse().expect("an address"),
             };
+            let vpc = vec!["10.0.0.0/8".parse().expect("a net")];
+            let plan = NodePlan { enis: enis.collect(), vpc, mtu: 1500, ..NodePlan::new(primary) };
             let kernel = NodeKernel::open().unwrap();
             let start = Instant::now();
-            kernel.apply(&plan).await.unwrap();
+            kernel.apply(&plan, &Look::default()).await.unwrap();
             let first = start.elapsed();
             let mut idle = Vec::new();
             for _ in 0..20 {
                 let start = Instant::now();
-                assert!(kernel.apply(&plan).await.unwrap().repaired.is_empty());
+                assert!(kernel.apply(&plan, &Look::default()).await.unwrap().repaired.is_empty());
                 idle.push(start.elapsed());
             }
             println!("15 ENIs of {per_eni} addresses: changed {first:.3?}");
             tell("  nothing to do", idle);
             sh("nft delete table ip flatwire");
             let start = Instant::now();
-            assert!(!kernel.apply(&plan).await.unwrap().repaired.is_empty());
+            assert!(!kernel.apply(&plan, &Look::default()).await.unwrap().repaired.is_empty());
             println!("  nftables table put back in {:.3?}", start.elapsed());
             sh("nft add table ip other; nft delete table ip other");
             let start = Instant::now();
-            assert!(kernel.apply(&plan).await.unwrap().repaired.is_empty());
+            assert!(kernel.apply(&plan, &Look::default()).await.unwrap().repaired.is_empty());
             println!("  verified after somebody's change in {:.3?}", start.elapsed());
         }
     });

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
-use flatwire_core::netplan::NodePlan;
+use flatwire_core::netplan::{Look, NodePlan};
 use flatwire_core::pool::Pool;
 use flatwire_core::ports::{
     Cloud, CloudError, CloudErrorKind, CloudReply, CloudRequest, EniKind, EniStatus, EniView, Kernel, KernelReport,
@@ -81,7 +81,7 @@ struct Willing;
 impl Kernel for Willing {
     type Error = Infallible;
 
-    async fn apply(&self, plan: &NodePlan) -> Result<KernelReport, Infallible> {
+    async fn apply(&self, plan: &NodePlan, _: &Look) -> Result<KernelReport, Infallible> {
         let enis = plan.enis.iter().map(|eni| eni.id.clone()).chain([plan.primary.id.clone()]);
         Ok(KernelReport { programmed: enis.collect(), ..KernelReport::default() })
     }

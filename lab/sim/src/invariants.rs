@@ -4,11 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use flatwire_core::ids::{DeviceIndex, EniId, SandboxId, Time};
 use flatwire_core::ledger::{Allocation, EniRecord, LedgerState, Progress, Record};
 use flatwire_core::limits;
-use flatwire_core::netplan::{Look, NodePlan};
+use flatwire_core::netplan::NodePlan;
 use flatwire_core::pool::{DEFAULT_PATIENCE_MS, NodeState, Note, OpId, RequestId};
 use flatwire_core::ports::{CloudError, CloudReply, CloudRequest, KernelReport};
 use ipnet::IpNet;
@@ -137,7 +138,7 @@ pub struct Watch {
     /// Undone in the kernel by somebody else; `None` is the ruleset.
     flushed: BTreeMap<Option<EniId>, Time>,
     /// The plan that stood whole when it was last applied.
-    stood: Option<NodePlan>,
+    stood: Option<Arc<NodePlan>>,
     /// Repairs the policy has still to mention.
     unmentioned: Vec<String>,
 }
@@ -252,11 +253,10 @@ impl Watch {
         }
     }
 
-    pub(crate) fn kernel_read(&mut self, result: &Result<KernelReport, String>, plan: &NodePlan, now: Time) {
+    pub(crate) fn kernel_read(&mut self, result: &Result<KernelReport, String>, plan: Arc<NodePlan>, now: Time) {
         let Ok(report) = result else { return };
         self.kernel_of = now;
         self.flushed.retain(|_, at| *at >= now);
-        let plan = NodePlan { look: Look::default(), ..plan.clone() };
         if self.stood.as_ref() == Some(&plan) {
             self.unmentioned.extend(report.repaired.iter().map(|repair| repair.text.clone()));
         }

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use flatwire_core::ids::{DeviceIndex, EniId, PodName, SandboxId, Time};
 use flatwire_core::ledger::{Allocation, EniRecord, LedgerState, NodeFacts, Progress, Record};
@@ -53,8 +54,8 @@ pub struct Naive<const FALLS_BACK: bool = false> {
     look_at: Time,
     compare_at: Time,
     /// What stands in the kernel, what it is being told, and when to tell it again.
-    told: Option<NodePlan>,
-    telling: Option<(OpId, NodePlan)>,
+    told: Option<Arc<NodePlan>>,
+    telling: Option<(OpId, Arc<NodePlan>)>,
     kernel_at: Option<Time>,
     /// ENIs whose routes stand.
     stands: BTreeSet<EniId>,
@@ -478,10 +479,10 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
             return;
         }
         self.kernel_at = None;
-        let Some(plan) = self.node_plan() else { return };
+        let Some(plan) = self.node_plan().map(Arc::new) else { return };
         let op = self.new_op();
         self.telling = Some((op, plan.clone()));
-        out.commands.push(Command::Kernel { op, plan });
+        out.commands.push(Command::Kernel { op, plan, look: Look::default() });
     }
 
     fn kernel_answered(&mut self, op: OpId, report: &KernelReport, now: Time, out: &mut Out) {
@@ -513,21 +514,9 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
             mark: self.settings.marks.of_eni(eni.device.0 + 1),
             sources: self.slots(&eni.id).copied().collect(),
         });
-        Some(NodePlan {
-            primary: PrimaryPlan { id: primary.id.clone(), mac: primary.mac, address: primary.primary_ipv4 },
-            enis: enis.collect(),
-            veth_prefix: self.settings.veth_prefix.clone(),
-            vpc: node.vpc_cidrs.clone(),
-            exclude_snat: self.settings.exclude_snat.clone(),
-            external_services: self.settings.external_services.clone(),
-            marks: self.settings.marks,
-            path_mtus: self.settings.path_mtus,
-            block_imds: self.settings.block_imds,
-            snat: self.settings.snat,
-            node_port: self.settings.node_port,
-            mtu: self.settings.mtu,
-            look: Look::default(),
-        })
+        let primary = PrimaryPlan { id: primary.id.clone(), mac: primary.mac, address: primary.primary_ipv4 };
+        let plan = NodePlan { enis: enis.collect(), vpc: node.vpc_cidrs.clone(), ..NodePlan::new(primary) };
+        Some(plan.with_settings(&self.settings))
     }
 }
 

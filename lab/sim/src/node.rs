@@ -5,6 +5,7 @@
 //! die. Nothing is decided here.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use flatwire_core::ids::{EniId, SandboxId, Time};
 use flatwire_core::ledger::Record;
@@ -57,7 +58,7 @@ pub(crate) enum Happening {
     Starts,
     Reaches(Box<Call>),
     Answers { life: u32, op: OpId, result: Box<Result<CloudReply, CloudError>>, read_at: Option<Time> },
-    Programs { life: u32, op: OpId, plan: Box<NodePlan> },
+    Programs { life: u32, op: OpId, plan: Arc<NodePlan> },
     DrainsReleases { life: u32 },
     TellsState { life: u32 },
     Pod(u32, PodStep),
@@ -185,7 +186,7 @@ impl<P: Policy> Node<P> {
             }
             Happening::Programs { life, op, plan } => {
                 if life == self.life && self.daemon.is_some() {
-                    self.programs(op, &plan, now, scene);
+                    self.programs(op, plan, now, scene);
                 }
             }
             Happening::DrainsReleases { life } => {
@@ -376,9 +377,9 @@ impl<P: Policy> Node<P> {
             Command::Note(note) => self.noted(&note, now, scene),
             Command::Reply { request, answer } => self.reply(request, answer, now, scene),
             Command::Cloud { op, request } => self.send(op, request, now, scene),
-            Command::Kernel { op, plan } => {
+            Command::Kernel { op, plan, .. } => {
                 let at = now.plus_ms(self.dice.between(1, self.pace.kernel_ms.max(1)));
-                self.queue.push(at, Happening::Programs { life: self.life, op, plan: Box::new(plan) });
+                self.queue.push(at, Happening::Programs { life: self.life, op, plan });
             }
         }
     }
@@ -459,11 +460,11 @@ impl<P: Policy> Node<P> {
 
     // The kernel.
 
-    fn programs(&mut self, op: OpId, plan: &NodePlan, now: Time, scene: &mut Scene<'_>) {
+    fn programs(&mut self, op: OpId, plan: Arc<NodePlan>, now: Time, scene: &mut Scene<'_>) {
         let instance = self.cloud.instance.clone();
         let result = scene.ec2.with_enis(now, |enis| {
             let up = |id: &EniId| enis.get(id).is_some_and(|eni| eni.is_on(&instance) && eni.link_is_up(now));
-            self.kernel.apply(plan, up)
+            self.kernel.apply(&plan, up)
         });
         match &result {
             Ok(report) if !report.repaired.is_empty() => {

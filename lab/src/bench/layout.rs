@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use flatwire_core::ids::RouteTable;
-use flatwire_core::netplan::priority;
+use flatwire_core::netplan::{Look, priority};
 use flatwire_core::ports::Kernel as _;
 use flatwire_kernel::pod::{PodWiring, wire_bare};
 use flatwire_kernel::{Batch, NodeKernel, POD_GROUP, Route, Rule, VethEnd};
@@ -174,11 +174,11 @@ impl Node {
     async fn follow(&self) -> Result<()> {
         let mut plan = self.machine.plan(self.pods);
         match self.layout {
-            Layout::Flat => drop(self.kernel.apply(&plan).await?),
+            Layout::Flat => drop(self.kernel.apply(&plan, &Look::default()).await?),
             Layout::PodRules => {
                 // Only the way in which a packet finds its table differs.
                 plan.enis.iter_mut().for_each(|eni| eni.sources.clear());
-                self.kernel.apply(&plan).await?;
+                self.kernel.apply(&plan, &Look::default()).await?;
                 self.per_pod_rules().await?;
             }
             Layout::Bridge | Layout::Vxlan | Layout::Given => {}

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use flatwire_core::ids::{DeviceIndex, InstanceId, MacAddress, RouteTable, SubnetId};
-use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, PathMtus, PortChoice, PrimaryPlan, Snat};
+use flatwire_core::netplan::{EniPlan, NodePlan, PrimaryPlan};
 use ipnet::{IpNet, Ipv4Net};
 use lab_ec2::{ApiError, Delays, Ec2, EniInfo, Options, RunInstance, Tags, wall_clock};
 
@@ -125,25 +125,9 @@ impl Machine {
                 }
             })
             .collect();
-        NodePlan {
-            primary: PrimaryPlan {
-                id: self.primary.id.clone(),
-                mac: self.primary.mac,
-                address: self.primary.primary_ipv4,
-            },
-            enis,
-            veth_prefix: "eni".to_owned(),
-            vpc: vec![VPC],
-            exclude_snat: Vec::new(),
-            external_services: Vec::new(),
-            marks: Marks::default(),
-            path_mtus: PathMtus::default(),
-            block_imds: false,
-            look: Look::default(),
-            snat: Snat::ToPrimary(PortChoice::FullyRandom),
-            node_port: true,
-            mtu: VPC_MTU,
-        }
+        let EniInfo { id, mac, primary_ipv4: address, .. } = &self.primary;
+        let primary = PrimaryPlan { id: id.clone(), mac: *mac, address: *address };
+        NodePlan { enis, vpc: vec![VPC], mtu: VPC_MTU, ..NodePlan::new(primary) }
     }
 }
 

@@ -65,10 +65,11 @@ impl Pool {
         if !self.may_read() || !(unread || self.verify_due || self.limits.is_none()) {
             return;
         }
-        let Some(node) = self.ledger.node.clone() else { return };
+        let Some(node) = &self.ledger.node else { return };
+        let (instance, instance_type) = (node.instance.clone(), node.instance_type.clone());
         let limits_due = self.limits.is_none() && !self.under_way(|op| *op == Op::Limits);
         if limits_due && self.may_call("DescribeInstanceTypes", now) {
-            let request = CloudRequest::DescribeInstanceType { instance_type: node.instance_type.clone() };
+            let request = CloudRequest::DescribeInstanceType { instance_type };
             self.start(Op::Limits, request, now, out);
         }
         let unread: Vec<EniId> = self.live.iter().filter(|(_, live)| live.read_due).map(|(id, _)| id.clone()).collect();
@@ -83,7 +84,7 @@ impl Pool {
         }
         let verify_due = self.verify_due && self.metadata_read && !self.under_way(|op| *op == Op::Verify);
         if verify_due && self.may_call(DESCRIBE, now) {
-            self.start(Op::Verify, CloudRequest::DescribeNode { instance: node.instance }, now, out);
+            self.start(Op::Verify, CloudRequest::DescribeNode { instance }, now, out);
         }
     }
 
@@ -97,7 +98,7 @@ impl Pool {
         // An answer to a question nobody remembers (asked before a restart of this state) changes nothing.
         let Some((op, asked_at)) = self.ops.remove(&id) else { return };
         if result.is_ok() {
-            self.recovered(&Subject::Action(op.action().to_owned()));
+            self.recovered(&Subject::Action(op.action().into()));
             self.bucket(op.action(), now).passed();
         }
         match (op, result) {
@@ -253,17 +254,11 @@ impl Pool {
     fn cloud_refused(&mut self, op: Op, error: CloudError, now: Time, out: &mut Out) {
         use CloudErrorKind as K;
         let kind = error.kind;
-        let by_action = Subject::Action(error.action.clone());
+        let by_action = Subject::Action(error.action.clone().into());
         match op {
             Op::Metadata => {
                 self.metadata_at = Some(now);
-                self.set_back(
-                    Subject::Action("ImdsRead".to_owned()),
-                    "the instance metadata".to_owned(),
-                    error,
-                    now,
-                    out,
-                );
+                self.set_back(Subject::Action("ImdsRead".into()), "the instance metadata".to_owned(), error, now, out);
             }
             Op::Limits | Op::Verify | Op::ReadBack(_) | Op::Subnets | Op::Leaks => {
                 if let Op::ReadBack(eni) = op {
@@ -429,7 +424,7 @@ impl Pool {
 /// What a refused change of an ENI lets rest: the action where EC2 would refuse it for any ENI, else the ENI.
 fn of_action_or_eni(error: &CloudError, eni: &EniId) -> Subject {
     match error.kind {
-        CloudErrorKind::Throttled | CloudErrorKind::Denied => Subject::Action(error.action.clone()),
+        CloudErrorKind::Throttled | CloudErrorKind::Denied => Subject::Action(error.action.clone().into()),
         _ => Subject::Eni(eni.clone()),
     }
 }

@@ -33,7 +33,7 @@ impl Pool {
                 message: format!("the primary MAC {} is not in the list of ENIs", metadata.primary_mac),
                 request_id: None,
             };
-            self.set_back(Subject::Action("ImdsRead".to_owned()), "the instance metadata".to_owned(), error, now, out);
+            self.set_back(Subject::Action("ImdsRead".into()), "the instance metadata".to_owned(), error, now, out);
             return;
         };
         let first_reading = !std::mem::replace(&mut self.metadata_read, true);

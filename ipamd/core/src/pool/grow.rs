@@ -166,7 +166,7 @@ impl Pool {
     fn may_grow(&self) -> bool {
         let unread = self.live.values().any(|live| live.read_due);
         let asking = unread || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
-        let reading = self.setbacks.get(&Subject::Action(DESCRIBE.to_owned()));
+        let reading = self.setbacks.get(&Subject::Action(DESCRIBE.into()));
         let refused = |setback: &Setback| matches!(setback.kind, K::Throttled | K::Denied);
         let unreadable = reading.is_some_and(|setback| refused(setback) && setback.failures >= UNREADABLE_AFTER);
         let waited_for = !self.waiting.is_empty();
@@ -294,7 +294,7 @@ impl Pool {
         let frame = self.frame()?;
         // EC2 gives its tokens by and by: what it throttles is waited for, what it denies is not.
         let throttled = !self.may_call(ASSIGN, now);
-        let setback = self.setbacks.get(&Subject::Action(ASSIGN.to_owned()));
+        let setback = self.setbacks.get(&Subject::Action(ASSIGN.into()));
         let denied = setback.is_some_and(|s| !s.over && s.kind != K::Throttled);
         let mut enis: Vec<_> = self.ledger.enis.values().collect();
         enis.sort_by_key(|eni| (eni.card, eni.device));

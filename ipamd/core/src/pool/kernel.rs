@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use super::pods::UNWIRED_GRACE_MS;
 use super::setback::Subject;
 use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, LOOK_SPACING_MS, Note, Op, OpId, Out, Pool};
-use crate::ids::{DeviceIndex, Time};
+use crate::ids::{DeviceIndex, MacAddress, Time};
 use crate::ledger::{Allocation, Progress};
 use crate::naming::{host_if_of, mac, seed};
 use crate::netplan::{EniPlan, Look, NodePlan, PodPlan, PrimaryPlan};
@@ -21,9 +22,10 @@ impl Pool {
         // The plan follows from the ledger alone; most steps do not touch that.
         if self.kernel.planned_from != Some(self.version) {
             self.kernel.planned_from = Some(self.version);
+            self.remember_links();
             let Some(plan) = self.node_plan() else { return };
-            if self.kernel.plan.as_ref() != Some(&plan) {
-                self.kernel.plan = Some(plan);
+            if self.kernel.plan.as_deref() != Some(&plan) {
+                self.kernel.plan = Some(Arc::new(plan));
                 self.kernel.revision += 1;
             }
         }
@@ -37,14 +39,14 @@ impl Pool {
         if self.kernel.applied == Some(self.kernel.revision) && !due {
             return;
         }
-        let Some(mut plan) = self.kernel.plan.clone() else { return };
+        let Some(plan) = self.kernel.plan.clone() else { return };
         self.kernel.contests.forgive(now);
-        plan.look = self.look(now);
+        let look = self.look(now);
         self.kernel.in_flight = true;
         self.kernel.recheck_at = None;
         self.kernel.looked_at = Some(now);
         let op = self.new_op(Op::Program { revision: self.kernel.revision }, now);
-        out.commands.push(Command::Kernel { op, plan });
+        out.commands.push(Command::Kernel { op, plan, look });
     }
 
     /// Somebody changed something in the kernel, perhaps we ourselves: then the look finds nothing, and that is the end.
@@ -61,12 +63,25 @@ impl Pool {
         Look { pods: self.pods_to_keep(now), left, let_be: self.kernel.contests.let_be(now) }
     }
 
+    /// Names and MACs are hashes: made once per sandbox, not at every look.
+    fn remember_links(&mut self) {
+        let pods = &self.ledger.pods;
+        self.kernel.links.retain(|sandbox, _| pods.contains_key(sandbox));
+        for Allocation { sandbox, pod, .. } in pods.values() {
+            if !self.kernel.links.contains_key(sandbox) {
+                let link = host_if_of(&self.settings.veth_prefix, sandbox, pod);
+                let mac = mac(&seed(&sandbox.container_id, &sandbox.if_name), "host");
+                self.kernel.links.insert(sandbox.clone(), (link, mac));
+            }
+        }
+    }
+
     /// Of several sandboxes of one pod only the youngest can have the link.
     fn pods_to_keep(&self, now: Time) -> Vec<PodPlan> {
         let mut by_link: BTreeMap<String, (&Allocation, bool)> = BTreeMap::new();
         for allocation in self.ledger.pods.values() {
-            let link = host_if_of(&self.settings.veth_prefix, &allocation.sandbox, &allocation.pod);
-            let held = by_link.entry(link).or_insert((allocation, true));
+            let Some((link, _)) = self.kernel.links.get(&allocation.sandbox) else { continue };
+            let held = by_link.entry(link.clone()).or_insert((allocation, true));
             if held.0.sandbox != allocation.sandbox {
                 let youngest = if held.0.at < allocation.at { allocation } else { held.0 };
                 *held = (youngest, false);
@@ -75,7 +90,7 @@ impl Pool {
         let keep = |(link, (allocation, alone)): (String, (&Allocation, bool))| PodPlan {
             address: allocation.address,
             link,
-            mac: mac(&seed(&allocation.sandbox.container_id, &allocation.sandbox.if_name), "host"),
+            mac: self.kernel.links.get(&allocation.sandbox).map(|(_, mac)| *mac).unwrap_or(MacAddress([0; 6])),
             settled: alone && now.since_ms(allocation.at) >= UNWIRED_GRACE_MS,
         };
         by_link.into_iter().map(keep).collect()
@@ -131,21 +146,25 @@ impl Pool {
             [Some(now.plus_ms(wait)), self.kernel.contests.next_at(now)].into_iter().flatten().min().unwrap_or(now);
         self.kernel.recheck_at = Some(self.kernel.recheck_at.map_or(at, |asked| asked.min(at)));
         self.version += u64::from(self.kernel.report.missing_links != report.missing_links);
-        self.kernel.report = KernelReport { repaired: Vec::new(), lacking: Vec::new(), ..report.clone() };
-        let Some(plan) = self.kernel.plan.clone().filter(|_| revision == self.kernel.revision) else {
+        self.kernel.report = KernelReport { repaired: Vec::new(), lacking: Vec::new(), ..report };
+        let programmed = &self.kernel.report.programmed;
+        let Some(plan) = self.kernel.plan.as_ref().filter(|_| revision == self.kernel.revision) else {
             // The plan changed meanwhile: what stands is known after the next application.
             return;
         };
-        let primary = plan.primary.id.clone();
         for (id, live) in &mut self.live {
             // Without the primary there is no ruleset, and what the others hold would leave by the wrong ENI.
-            let stands = report.programmed.contains(&primary) && report.programmed.contains(id);
+            let stands = programmed.contains(&plan.primary.id) && programmed.contains(id);
             if stands && !live.programmed {
                 out.note(Note::EniMoved { eni: id.clone(), to: "in service", after_ms: now.since_ms(live.since) });
             }
             self.version += u64::from(stands != live.programmed);
             live.programmed = stands;
-            live.told = plan.enis.iter().find(|eni| eni.id == *id).map(|eni| eni.sources.clone()).unwrap_or_default();
+            match plan.enis.iter().find(|eni| eni.id == *id) {
+                Some(eni) if eni.sources != live.told => live.told = eni.sources.clone(),
+                Some(_) => {}
+                None => live.told.clear(),
+            }
         }
     }
 
@@ -170,21 +189,9 @@ impl Pool {
             mark: self.settings.marks.of_eni(eni.device.0 + 1),
             sources: self.sources(&eni.id),
         });
-        Some(NodePlan {
-            primary: PrimaryPlan { id: primary.id.clone(), mac: primary.mac, address: primary.primary_ipv4 },
-            enis: enis.collect(),
-            veth_prefix: self.settings.veth_prefix.clone(),
-            vpc: node.vpc_cidrs.clone(),
-            exclude_snat: self.settings.exclude_snat.clone(),
-            external_services: self.settings.external_services.clone(),
-            marks: self.settings.marks,
-            path_mtus: self.settings.path_mtus,
-            block_imds: self.settings.block_imds,
-            snat: self.settings.snat,
-            node_port: self.settings.node_port,
-            mtu: self.settings.mtu,
-            look: Look::default(),
-        })
+        let primary = PrimaryPlan { id: primary.id.clone(), mac: primary.mac, address: primary.primary_ipv4 };
+        let plan = NodePlan { enis: enis.collect(), vpc: node.vpc_cidrs.clone(), ..NodePlan::new(primary) };
+        Some(plan.with_settings(&self.settings))
     }
 
     /// EC2 no longer shows this ENI here and another one has its place. One that merely does not show keeps its routes: a

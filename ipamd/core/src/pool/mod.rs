@@ -26,6 +26,7 @@ mod view;
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -38,9 +39,9 @@ pub use view::{EniRow, Failure, PoolStatus, Reason};
 use crate::audit::AuditReport;
 use crate::bucket::Bucket;
 use crate::contest::Contests;
-use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, SecurityGroupId, SubnetId, Time};
+use crate::ids::{DeviceIndex, EniId, MacAddress, PodName, SandboxId, SecurityGroupId, SubnetId, Time};
 use crate::ledger::{Allocation, LedgerState, Record};
-use crate::netplan::NodePlan;
+use crate::netplan::{Look, NodePlan};
 use crate::ports::{CloudError, CloudReply, CloudRequest, EniView, InstanceLimits, KernelReport, PodsSeen, Want};
 use crate::settings::Settings;
 use crate::target::Counts;
@@ -160,7 +161,8 @@ pub enum Command {
     },
     Kernel {
         op: OpId,
-        plan: NodePlan,
+        plan: Arc<NodePlan>,
+        look: Look,
     },
     /// For the log and the counters.
     Note(Note),
@@ -267,7 +269,7 @@ struct Waiter {
 struct KernelState {
     /// Grows with every change of the plan.
     revision: u64,
-    plan: Option<NodePlan>,
+    plan: Option<Arc<NodePlan>>,
     /// The version of the ledger that the plan was made from.
     planned_from: Option<u64>,
     applied: Option<u64>,
@@ -280,6 +282,8 @@ struct KernelState {
     contests: Contests,
     /// What the last application reported.
     report: KernelReport,
+    /// Name and MAC of each sandbox's host link.
+    links: BTreeMap<SandboxId, (String, MacAddress)>,
     /// When the reading behind `pods` was asked for.
     read_at: Option<Time>,
     /// The pods when the kernel was last read: an address with a route is in use, whatever the ledger says.
@@ -469,7 +473,7 @@ impl Pool {
         let kernel = kernel.map(|at| (at, "the kernel is compared with the plan"));
         let cooling = self.cooled_at.map(|at| (at, "an address has cooled down"));
         let verify = self.verify_at.map(|at| (at, "EC2 is asked again"));
-        let metadata = self.metadata_at.filter(|_| !self.rests(&setback::Subject::Action("ImdsRead".to_owned())));
+        let metadata = self.metadata_at.filter(|_| !self.action_rests("ImdsRead"));
         let metadata = metadata.map(|at| (at, "the instance metadata is read again"));
         let release = self.release_at.map(|at| (at, "what is idle may be given back"));
         let collecting = self.under_way(|op| matches!(op, Op::Leaks | Op::Mark(_) | Op::Collect(_)));
@@ -559,8 +563,7 @@ impl Pool {
 
     /// The action may be called now: EC2 has not refused it a moment ago, and it would not be too fast.
     fn may_call(&self, action: &'static str, now: Time) -> bool {
-        let rests = self.rests(&setback::Subject::Action(action.to_owned()));
-        !rests && self.buckets.get(action).is_none_or(|bucket| bucket.ready_at(now) <= now)
+        !self.action_rests(action) && self.buckets.get(action).is_none_or(|bucket| bucket.ready_at(now) <= now)
     }
 
     /// EC2 may be asked at all.

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::{Answer, DEFAULT_PATIENCE_MS, Failure, MAX_WAITING, Note, Out, Pool, Reason, RequestId, Waiter};
 use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, Time};
 use crate::ledger::{Allocation, Record};
-use crate::pick::{self, Candidate, Occupancy};
+use crate::pick::{self, Candidate, Occupancy, Pick};
 
 impl Pool {
     pub(super) fn add(
@@ -74,31 +74,30 @@ impl Pool {
         let mut used = self.in_use();
         let mut pods: BTreeMap<EniId, u32> = self.pods_by_eni();
         let mut candidates = self.candidates(&pods);
-        // A cool-down yields when nothing else can bring an address soon, or when the pod would fail otherwise.
-        let nothing_comes = !self.capacity_is_coming(now);
-        while let Some(waiter) = self.waiting.pop_front() {
-            if let Some(held) = self.ledger.pods.get(&waiter.sandbox) {
+        let mut nothing_comes = None;
+        while let Some(first) = self.waiting.front() {
+            if let Some(held) = self.ledger.pods.get(&first.sandbox).cloned() {
                 // The same sandbox asked twice while nothing was free: both get the one address.
-                out.reply(waiter.request, Answer::Added(held.clone()));
+                out.reply(first.request, Answer::Added(held));
+                self.waiting.pop_front();
                 continue;
             }
-            let out_of_patience = waiter.deadline <= now;
-            let freed = &self.ledger.freed;
-            let occupancy = |address: &IpAddr| match self.cooling_since(address, now) {
-                _ if used.contains(address) || self.is_unlooked(address) => Occupancy::Used,
-                Some(freed_at) => Occupancy::Cooling(freed_at),
-                None => Occupancy::Free,
-            };
-            let Some(pick) = pick::pick(&candidates, occupancy, freed, nothing_comes || out_of_patience) else {
-                if out_of_patience {
-                    self.refuse(waiter, now, out);
-                    continue;
-                }
-                self.waiting.push_front(waiter);
+            let out_of_patience = first.deadline <= now;
+            // A cool-down yields when nothing else can bring an address soon, or when the pod would fail otherwise.
+            let pick = self.pick(&candidates, &used, out_of_patience, now).or_else(|| {
+                let yields = *nothing_comes.get_or_insert_with(|| !self.capacity_is_coming(now));
+                self.pick(&candidates, &used, true, now).filter(|_| yields)
+            });
+            if pick.is_none() && !out_of_patience {
                 break;
+            }
+            let Some(waiter) = self.waiting.pop_front() else { break };
+            let Some(pick) = pick else {
+                self.refuse(waiter, now, out);
+                continue;
             };
             if pick.early {
-                let rested_ms = freed.get(&pick.address).map_or(0, |at| now.since_ms(*at));
+                let rested_ms = self.ledger.freed.get(&pick.address).map_or(0, |at| now.since_ms(*at));
                 out.note(Note::CooldownYielded { address: pick.address, rested_ms });
             }
             let eni = self.ledger.enis.get(&pick.eni).expect("invariant: candidates are ENIs of the ledger");
@@ -129,6 +128,15 @@ impl Pool {
         if !self.waiting.is_empty() && self.ledger.freed.keys().any(|address| self.is_unlooked(address)) {
             self.kernel.recheck_at = Some(now);
         }
+    }
+
+    fn pick(&self, candidates: &[Candidate], used: &BTreeSet<IpAddr>, yields: bool, now: Time) -> Option<Pick> {
+        let occupancy = |address: &IpAddr| match self.cooling_since(address, now) {
+            _ if used.contains(address) || self.is_unlooked(address) => Occupancy::Used,
+            Some(freed_at) => Occupancy::Cooling(freed_at),
+            None => Occupancy::Free,
+        };
+        pick::pick(candidates, occupancy, &self.ledger.freed, yields)
     }
 
     /// Freed since the kernel was last read: its pod may run on, taken for gone. The cool-down outlasts that, except where it

@@ -1,5 +1,7 @@
 //! What went wrong a moment ago and must rest before it is tried again. The same data answers "why does my pod wait?".
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Note, Out, Pool};
@@ -10,7 +12,7 @@ use crate::ports::{CloudError, CloudErrorKind};
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {
     /// An EC2 action, wherever it is used.
-    Action(String),
+    Action(Cow<'static, str>),
     /// Calls on one ENI.
     Eni(EniId),
     /// /28s for one ENI: single addresses are taken meanwhile.
@@ -86,6 +88,11 @@ impl Pool {
     fn slow_down(&mut self, action: &str, now: Time, chance: u64) -> u64 {
         let bucket = self.buckets.iter_mut().find(|(name, _)| **name == action);
         bucket.map_or(1_000, |(_, bucket)| bucket.refused(now, chance))
+    }
+
+    /// EC2 has refused this action a moment ago.
+    pub(super) fn action_rests(&self, action: &'static str) -> bool {
+        !self.setbacks.is_empty() && self.rests(&Subject::Action(Cow::Borrowed(action)))
     }
 
     pub(super) fn rests(&self, subject: &Subject) -> bool {

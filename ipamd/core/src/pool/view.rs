@@ -214,7 +214,7 @@ impl Pool {
     pub fn why_no_address(&self, since: Time, now: Time) -> Failure {
         let waited = seconds(now.since_ms(since));
         if self.ledger.node.is_none() {
-            let why = match self.setbacks.get(&Subject::Action("ImdsRead".to_owned())) {
+            let why = match self.setbacks.get(&Subject::Action("ImdsRead".into())) {
                 Some(s) => format!("the instance metadata service does not answer ({}: {})", s.code, s.message),
                 None => "the instance metadata has not been read yet".to_owned(),
             };

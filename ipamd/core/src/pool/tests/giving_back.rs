@@ -99,7 +99,7 @@ fn a_route_that_appears_behind_the_fence_calls_the_release_off() {
             _ => None,
         });
         let kernel = commands.iter().find_map(|command| match command {
-            Command::Kernel { op, plan } => Some((*op, plan.clone())),
+            Command::Kernel { op, plan, .. } => Some((*op, plan.clone())),
             _ => None,
         });
         for command in commands {

@@ -469,7 +469,7 @@ fn a_node_without_its_primary_link_serves_nothing() {
     let add = Event::Add { request: RequestId(7), sandbox: sandbox(7), pod: PodName::default(), patience_ms: None };
     for event in [Event::Tick, add] {
         for command in w.pool.step(event, w.now) {
-            if let Command::Kernel { op, plan } = command {
+            if let Command::Kernel { op, plan, .. } = command {
                 let missing_links = [plan.primary.id.clone()].into();
                 let report = KernelReport { missing_links, ..KernelReport::default() };
                 let result = Ok((report, PodsSeen::default()));

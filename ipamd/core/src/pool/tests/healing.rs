@@ -6,10 +6,10 @@ use crate::ports::{Repair, RepairKind};
 
 impl World {
     /// A step whose wishes to the kernel are returned and not carried out.
-    fn wishes(&mut self, event: Event) -> Vec<(OpId, NodePlan)> {
+    fn wishes(&mut self, event: Event) -> Vec<(OpId, Arc<NodePlan>, Look)> {
         let commands = self.pool.step(event, self.now);
         let wish = |command| match command {
-            Command::Kernel { op, plan } => Some((op, plan)),
+            Command::Kernel { op, plan, look } => Some((op, plan, look)),
             Command::Note(note) => {
                 self.notes.push(note);
                 None
@@ -41,7 +41,7 @@ fn up() -> World {
 #[test]
 fn a_change_in_the_kernel_is_looked_at_at_once_and_again_only_when_something_changed_again() {
     let mut world = up();
-    let (op, plan) = world.wishes(Event::KernelChanged).pop().expect("a look");
+    let (op, plan, _) = world.wishes(Event::KernelChanged).pop().expect("a look");
     // Told of twice more while it is under way: one more look, and a pause before it.
     for _ in 0..2 {
         assert!(world.wishes(Event::KernelChanged).is_empty());
@@ -50,7 +50,7 @@ fn a_change_in_the_kernel_is_looked_at_at_once_and_again_only_when_something_cha
     let (at, _) = world.pool.poll_deadline().unwrap();
     assert_eq!(at, world.now.plus_ms(LOOK_SPACING_MS));
     world.now = at;
-    let (op, plan) = world.wishes(Event::Tick).pop().expect("the second look");
+    let (op, plan, _) = world.wishes(Event::Tick).pop().expect("the second look");
     world.looked(op, &plan, Vec::new());
     assert!(world.wishes(Event::Tick).is_empty(), "nothing was found, nothing changed: no third one");
     assert_eq!(world.notes.iter().filter(|note| matches!(note, Note::Repaired { .. })).count(), 1);
@@ -67,7 +67,7 @@ fn before_there_is_a_plan_a_change_in_the_kernel_is_no_reason_for_anything() {
 #[test]
 fn only_what_somebody_undid_is_told_as_a_repair() {
     let mut world = up();
-    let (op, plan) = world.wishes(Event::KernelChanged).pop().expect("a look");
+    let (op, plan, _) = world.wishes(Event::KernelChanged).pop().expect("a look");
     world.notes.clear();
     world.looked(op, &plan, vec![repair("rule 512", true), repair("rule 1536", false)]);
     let told: Vec<_> = world.notes.iter().map(ToString::to_string).collect();
@@ -81,12 +81,12 @@ fn what_is_changed_back_again_and_again_is_let_be_for_longer_and_longer_and_repo
     let start = world.now;
     // Somebody who undoes every repair at once, for ten minutes.
     while world.now.since_ms(start) < 600_000 {
-        let Some((op, plan)) = world.wishes(Event::KernelChanged).pop() else {
+        let Some((op, plan, look)) = world.wishes(Event::KernelChanged).pop() else {
             world.now = world.pool.poll_deadline().map_or(world.now, |(at, _)| at.max(world.now.plus_ms(1)));
             continue;
         };
         let mut repaired = vec![];
-        if !plan.look.let_be.contains("rule 512") {
+        if !look.let_be.contains("rule 512") {
             repairs_at.push(world.now.since_ms(start) / 1_000);
             repaired.push(repair("rule 512", true));
         }
@@ -116,10 +116,10 @@ fn a_look_knows_the_youngest_sandbox_of_each_pod_and_the_addresses_that_were_lef
         world.now = world.now.plus_ms(1_000);
     }
     let look = |world: &mut World| {
-        let (op, plan) = world.wishes(Event::KernelChanged).pop().expect("a look");
+        let (op, plan, seen) = world.wishes(Event::KernelChanged).pop().expect("a look");
         world.looked(op, &plan, Vec::new());
         world.now = world.now.plus_ms(LOOK_SPACING_MS);
-        plan.look
+        seen
     };
     let seen = look(&mut world);
     let second = world.pool.ledger().pods[&sandbox(2)].address;

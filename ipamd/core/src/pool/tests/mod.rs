@@ -114,7 +114,7 @@ impl World {
                         let result = self.cloud(request);
                         events.push_back(Event::Cloud { op, result });
                     }
-                    Command::Kernel { op, plan } => {
+                    Command::Kernel { op, plan, .. } => {
                         let result = Ok((self.kernel(&plan), self.pods_seen()));
                         events.push_back(Event::Kernel { op, result });
                     }

@@ -54,7 +54,7 @@ fn an_audit_asked_while_others_read_has_readings_of_its_own() {
                 let result = w.cloud(request);
                 w.step(Event::Cloud { op, result });
             }
-            Command::Kernel { op, plan } => {
+            Command::Kernel { op, plan, .. } => {
                 let result = Ok((w.kernel(&plan), w.pods_seen()));
                 w.step(Event::Kernel { op, result });
             }
