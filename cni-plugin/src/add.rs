@@ -41,7 +41,8 @@ pub async fn run(call: &Call, log: &Log) -> Result<Option<Value>, Failure> {
     let reply = ipamd.add(call).await?;
     match set_up(call, &sandbox, prefix, mtu, &reply).await {
         Ok(granted) => {
-            let addresses: Vec<String> = granted.iter().map(|one| one.address.to_string()).collect();
+            let addresses: Vec<String> =
+                granted.iter().flat_map(Granted::addresses).map(|address| address.to_string()).collect();
             let links: Vec<&str> = granted.iter().map(|one| one.host_if.as_str()).collect();
             log.line(Level::Debug, "wired", &[("addresses", json!(addresses)), ("links", json!(links))]);
             Ok(Some(pod::result(call, prefix, mtu, &granted).encode(call.conf.version, previous)))

@@ -33,7 +33,7 @@ pub async fn run(call: &Call) -> Result<Option<Value>, Failure> {
     };
     let late = || Failure::KernelLate { done: "compared", pod: pod::title(call), after: KERNEL };
     timeout(KERNEL, compared).await.unwrap_or_else(|_| Err(late()))?;
-    compare_ledger(call, expected.iter().map(|(one, _)| one.address).collect()).await?;
+    compare_ledger(call, expected.iter().flat_map(|(one, _)| one.addresses()).collect()).await?;
     Ok(None)
 }
 
@@ -49,7 +49,8 @@ fn expected(call: &Call, attached: &[Attached]) -> Result<Vec<(Granted, u32)>, F
         let gateway_index = pod::gateway_index(&call.if_name, attached.position);
         // A result before 1.1.0 does not say the MTU: then it is the configured one.
         let mtu = attached.mtu.map_or_else(|| call.conf.mtu(), Ok)?;
-        Ok((Granted { gateway_index, host_if, pod_if, address, table: 0, device: 0 }, mtu))
+        let second = attached.addresses.iter().copied().find(|other| other.is_ipv6() != address.is_ipv6());
+        Ok((Granted { gateway_index, host_if, pod_if, address, second, table: 0, device: 0 }, mtu))
     };
     attached.iter().map(one).collect()
 }
@@ -57,8 +58,7 @@ fn expected(call: &Call, attached: &[Attached]) -> Result<Vec<(Granted, u32)>, F
 async fn compare_ledger(call: &Call, wired: BTreeSet<IpAddr>) -> Result<(), Failure> {
     let mut ipamd = Daemon::connect(&call.conf.ipamd_socket()?).await?;
     let Some(reply) = ipamd.check(call).await? else { return Ok(()) };
-    let texts = reply.ip_allocation_metadata.iter().flat_map(|entry| [&entry.ipv4_addr, &entry.ipv6_addr]);
-    let held: BTreeSet<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
+    let held: BTreeSet<IpAddr> = reply.ip_allocation_metadata.iter().flat_map(pod::addresses).collect();
     if let Some(missing) = wired.difference(&held).next() {
         let held: Vec<String> = held.iter().map(IpAddr::to_string).collect();
         let held = if held.is_empty() { "nothing".to_owned() } else { held.join(", ") };

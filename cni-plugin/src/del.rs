@@ -70,16 +70,13 @@ async fn plan(call: &Call, ipamd: &mut Result<Daemon, Failure>) -> Vec<Teardown>
 
 fn by_names(call: &Call, names: &pod::Names, prefix: &str, known: &CheckNetworkReply) -> Vec<Teardown> {
     let interfaces = known.ip_allocation_metadata.len().clamp(1, pod::MAX_INTERFACES);
-    let address = |position: usize| {
-        let entry = known.ip_allocation_metadata.get(position)?;
-        [&entry.ipv4_addr, &entry.ipv6_addr].into_iter().find_map(|text| text.parse().ok())
-    };
+    let addresses = |position: usize| known.ip_allocation_metadata.get(position).map_or_else(Vec::new, pod::addresses);
     (0..=u8::MAX)
         .zip(0..interfaces)
         .map(|(index, position)| Teardown {
             host_if: names.host_if(prefix, index),
             pod_if: pod::pod_if(&call.if_name, index),
-            addresses: address(position).into_iter().collect(),
+            addresses: addresses(position),
         })
         .collect()
 }

@@ -47,11 +47,10 @@ pub async fn run(call: &Call, log: &Log) -> Result<Option<Value>, Failure> {
 async fn take_down(prefix: &str, title: &str, stale: &StaleAttachment) -> Result<(), Failure> {
     let names = Names::of_stale(stale);
     for (index, entry) in (0..=u8::MAX).zip(&stale.ip_allocation_metadata).take(pod::MAX_INTERFACES) {
-        let address = [&entry.ipv4_addr, &entry.ipv6_addr].into_iter().find_map(|text| text.parse().ok());
         let teardown = Teardown {
             host_if: names.host_if(prefix, index),
             pod_if: pod::pod_if(&stale.if_name, index),
-            addresses: address.into_iter().collect(),
+            addresses: pod::addresses(entry),
         };
         wiring::unwire(title, None, teardown).await?;
     }

@@ -97,8 +97,22 @@ pub struct Granted {
     pub host_if: String,
     pub pod_if: String,
     pub address: IpAddr,
+    /// Of the other family. Behind an IPv6 address an IPv4 one serves egress only, and is not told as the pod's.
+    pub second: Option<IpAddr>,
     pub table: i32,
     pub device: i32,
+}
+
+impl Granted {
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        [self.address].into_iter().chain(self.second)
+    }
+}
+
+/// Every address of an entry of ipamd's; what is none is left out.
+pub fn addresses(entry: &IpAllocationMetadata) -> Vec<IpAddr> {
+    let texts = [&entry.ipv4_addr, &entry.ipv6_addr, &entry.egress_ipv4_addr];
+    texts.into_iter().filter_map(|text| text.parse().ok()).collect()
 }
 
 /// Turns ipamd's answer into interfaces. An address that does not parse is an error: it cannot be wired.
@@ -112,13 +126,19 @@ pub fn granted(call: &Call, prefix: &str, metadata: &[IpAllocationMetadata]) -> 
     }
     let names = Names::of(call);
     let one = |(position, entry): (u8, &IpAllocationMetadata)| {
-        let text = if entry.ipv4_addr.is_empty() { &entry.ipv6_addr } else { &entry.ipv4_addr };
-        let address = text.parse().map_err(|_| nonsense(format!("{text:?}, which is not an address")))?;
+        let given = [&entry.ipv4_addr, &entry.ipv6_addr, &entry.egress_ipv4_addr];
+        let mut given = given
+            .into_iter()
+            .filter(|text| !text.is_empty())
+            .map(|text| text.parse::<IpAddr>().map_err(|_| nonsense(format!("{text:?}, which is not an address"))));
+        let address = given.next().unwrap_or_else(|| Err(nonsense("an interface without an address".into())))?;
+        let second = given.next().transpose()?;
         Ok(Granted {
             gateway_index: gateway_index(&call.if_name, position),
             host_if: names.host_if(prefix, position),
             pod_if: pod_if(&call.if_name, position),
             address,
+            second,
             table: entry.route_table_id,
             device: entry.device_number,
         })
@@ -140,13 +160,15 @@ pub fn result(call: &Call, prefix: &str, mtu: u32, granted: &[Granted]) -> AddRe
             sandbox: sandbox.clone(),
         };
         result.interfaces.extend([host, inside]);
-        result.ips.push(Ip { interface: 2 * position + 1, address: one.address });
-        let gateway = gateway(one.address, one.gateway_index);
         // Beyond the first the routes sit in a table of the pod's own.
         let table = (one.gateway_index > 0).then(|| u32::from(one.gateway_index));
-        let everything = if one.address.is_ipv6() { "::/0" } else { "0.0.0.0/0" };
-        result.routes.push(Route { dst: spec::cidr(gateway), gateway: None, table, scope: Some(SCOPE_LINK) });
-        result.routes.push(Route { dst: everything.into(), gateway: Some(gateway), table, scope: None });
+        for address in [one.address].into_iter().chain(one.second.filter(IpAddr::is_ipv6)) {
+            result.ips.push(Ip { interface: 2 * position + 1, address });
+            let gateway = gateway(address, one.gateway_index);
+            let everything = if address.is_ipv6() { "::/0" } else { "0.0.0.0/0" };
+            result.routes.push(Route { dst: spec::cidr(gateway), gateway: None, table, scope: Some(SCOPE_LINK) });
+            result.routes.push(Route { dst: everything.into(), gateway: Some(gateway), table, scope: None });
+        }
     }
     let device = granted.first().map(|one| one.device).unwrap_or_default();
     result.interfaces.push(Interface {
@@ -233,6 +255,7 @@ mod tests {
             ipv6_addr: if v6 { address.into() } else { String::new() },
             device_number: device,
             route_table_id: table,
+            egress_ipv4_addr: String::new(),
         }
     }
 

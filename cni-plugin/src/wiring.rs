@@ -91,6 +91,7 @@ pub fn wiring_of(call: &Call, granted: &Granted, mtu: u32) -> PodWiring {
         host_if: granted.host_if.clone(),
         mtu,
         address: granted.address,
+        second: granted.second,
         gateway_index: granted.gateway_index,
         seed: flatwire_core::naming::seed(&call.container_id, &granted.pod_if),
     }
@@ -106,7 +107,7 @@ pub async fn unwire_granted(call: &Call, granted: &[Granted]) -> bool {
                 netns: call.netns.clone(),
                 pod_if: one.pod_if.clone(),
                 host_if: one.host_if.clone(),
-                addresses: vec![one.address],
+                addresses: one.addresses().collect(),
             };
             clean &= kernel::unwire(&teardown).await.is_ok();
         }

@@ -1,6 +1,7 @@
 //! The plugin's socket: the add-on's services and our additions, over a unix socket that only root may use.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -326,15 +327,18 @@ fn invalid(message: String) -> Failure {
 }
 
 fn metadata(allocation: &Allocation) -> IpAllocationMetadata {
-    let (ipv4_addr, ipv6_addr) = match allocation.address {
-        std::net::IpAddr::V4(v4) => (v4.to_string(), String::new()),
-        std::net::IpAddr::V6(v6) => (String::new(), v6.to_string()),
+    let text = |address: Option<IpAddr>| address.map_or_else(String::new, |address| address.to_string());
+    let (ipv4, ipv6, egress) = match allocation.address {
+        IpAddr::V4(_) => (Some(allocation.address), allocation.second, None),
+        // What a pod of an IPv6 cluster reaches IPv4 with is not its address.
+        IpAddr::V6(_) => (None, Some(allocation.address), allocation.second),
     };
     IpAllocationMetadata {
-        ipv4_addr,
-        ipv6_addr,
+        ipv4_addr: text(ipv4),
+        ipv6_addr: text(ipv6),
         device_number: i32::try_from(allocation.device.0).unwrap_or(i32::MAX),
         route_table_id: i32::try_from(allocation.table.0).unwrap_or(i32::MAX),
+        egress_ipv4_addr: text(egress),
     }
 }
 

@@ -53,6 +53,9 @@ pub fn eni(action: &str, from: &NetworkInterface) -> Result<EniView, CloudError>
     for prefix in from.ipv4_prefixes() {
         slots.insert(IpNet::V4(field(action, "ipv4Prefix", prefix.ipv4_prefix())?));
     }
+    for prefix in from.ipv6_prefixes() {
+        slots.insert(IpNet::V6(field(action, "ipv6Prefix", prefix.ipv6_prefix())?));
+    }
     let attachment = from.attachment();
     Ok(EniView {
         id: field(action, "networkInterfaceId", from.network_interface_id())?,

@@ -15,7 +15,7 @@ use aws_config::imds::client::error::ImdsError;
 use flatwire_core::ids::{DeviceIndex, InstanceId, MacAddress};
 use flatwire_core::ports::{CloudError, EniKind, EniStatus, EniView, Metadata};
 use futures_util::{StreamExt, TryStreamExt, stream};
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tracing::warn;
 
 use crate::client::{ConfigError, check_url};
@@ -151,6 +151,7 @@ impl Imds {
         let Some(subnet) = self.get(&leaf("subnet-id")).await? else { return Ok(None) };
         let addresses: Vec<Ipv4Addr> = self.list(&leaf("local-ipv4s")).await?;
         let prefixes: Vec<Ipv4Net> = self.list(&leaf("ipv4-prefix")).await?;
+        let ipv6_prefixes: Vec<Ipv6Net> = self.list(&leaf("ipv6-prefix")).await?;
         // The add-on reads `network-card`, the documentation says `network-card-index`; neither stands on most types.
         let card = match self.get(&leaf("network-card")).await? {
             Some(card) => Some(card),
@@ -166,7 +167,11 @@ impl Imds {
             subnet: parse("subnet-id", &subnet)?,
             subnet_cidr: self.list(&leaf("subnet-ipv4-cidr-block")).await?.into_iter().next(),
             primary_ipv4: primary_ipv4.unwrap_or(Ipv4Addr::UNSPECIFIED),
-            slots: addresses.map(host).chain(prefixes.into_iter().map(IpNet::V4)).collect(),
+            slots: addresses
+                .map(host)
+                .chain(prefixes.into_iter().map(IpNet::V4))
+                .chain(ipv6_prefixes.into_iter().map(IpNet::V6))
+                .collect(),
             security_groups: self.list(&leaf("security-group-ids")).await?,
             attachment: None,
             status: EniStatus::Attached,

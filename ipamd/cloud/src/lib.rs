@@ -80,6 +80,7 @@ impl AwsCloud {
             | CloudRequest::SetSecurityGroups { .. }
             | CloudRequest::Assign { .. }
             | CloudRequest::AssignNamed { .. }
+            | CloudRequest::AssignIpv6Prefix { .. }
             | CloudRequest::Unassign { .. }
             | CloudRequest::DetachEni { .. }
             | CloudRequest::DeleteEni { .. }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::contest::Contest;
 use crate::ids::{EniId, SandboxId, Time};
-use crate::ledger::{LedgerState, Progress};
+use crate::ledger::{Allocation, LedgerState, Progress};
 use crate::naming::host_if_of;
 use crate::ports::{EniStatus, EniView, KernelReport, PodsSeen};
 
@@ -162,7 +162,7 @@ fn cloud_against_ledger(cloud: &[EniView], ledger: &LedgerState, findings: &mut 
         };
         let held = ledger.slots.get(id).cloned().unwrap_or_default();
         for slot in held.difference(&view.slots) {
-            let users: Vec<_> = ledger.pods.values().filter(|a| slot.contains(&a.address)).collect();
+            let users: Vec<_> = ledger.pods.values().filter(|a| a.is_in(slot)).collect();
             let (kind, repair) = match users.is_empty() {
                 true => (FindingKind::SlotNotInCloud, "given up after a second reading".to_owned()),
                 false => (
@@ -227,7 +227,7 @@ fn kernel_against_ledger(views: &Views<'_>, findings: &mut Vec<Finding>) {
             });
         }
     }
-    let with_pod: BTreeSet<IpAddr> = ledger.pods.values().map(|a| a.address).collect();
+    let with_pod: BTreeSet<IpAddr> = ledger.pods.values().flat_map(Allocation::addresses).collect();
     for allocation in ledger.pods.values() {
         if kernel.routes.contains(&allocation.address) {
             continue;

@@ -113,10 +113,24 @@ pub struct Allocation {
     pub sandbox: SandboxId,
     pub pod: PodName,
     pub address: IpAddr,
+    /// Follows from `address` and the ENI: see `crate::families`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<IpAddr>,
     pub eni: EniId,
     pub device: DeviceIndex,
     pub table: RouteTable,
     pub at: Time,
+}
+
+impl Allocation {
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        [self.address].into_iter().chain(self.second)
+    }
+
+    /// One of its addresses is in the network.
+    pub fn is_in(&self, net: &IpNet) -> bool {
+        self.addresses().any(|address| net.contains(&address))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +138,9 @@ pub struct Creation {
     pub token: String,
     pub subnet: SubnetId,
     pub want: Want,
+    /// With a /80 of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ipv6_prefix: bool,
     pub security_groups: Vec<SecurityGroupId>,
     pub tags: BTreeMap<String, String>,
     pub since: Time,
@@ -302,7 +319,7 @@ fn freed_record(eni: EniId, address: IpAddr, at: Time) -> Record {
     let sandbox = SandboxId { network: String::new(), container_id: String::new(), if_name: address.to_string() };
     let (device, table) = (DeviceIndex::PRIMARY, RouteTable::MAIN);
     Record::Released {
-        allocation: Allocation { sandbox, pod: PodName::default(), address, eni, device, table, at },
+        allocation: Allocation { sandbox, pod: PodName::default(), address, second: None, eni, device, table, at },
         at,
     }
 }

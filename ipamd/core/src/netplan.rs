@@ -2,11 +2,12 @@
 //! `ipamd/kernel` makes it so; neither does the other's work.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
+use crate::families::Families;
 use crate::ids::{EniId, MacAddress, RouteTable};
 use crate::settings::Settings;
 
@@ -22,6 +23,8 @@ pub mod priority {
     pub const TO_EXTERNAL: u32 = 1535;
     /// `fwmark <eni>/0x7f lookup <table>`: source routing, one rule per secondary ENI.
     pub const FROM_PODS: u32 = 1536;
+    /// `from <eni's IPv6 /80> lookup <table>`: source routing of IPv6, which needs no marks, because an ENI has one prefix.
+    pub const FROM_IPV6: u32 = 1537;
     /// `from <eni address> lookup <table>`: the ENI's own address.
     pub const FROM_ENI: u32 = 32_765;
 }
@@ -108,6 +111,7 @@ pub struct NodePlan {
     /// Destinations that are looked up in main whatever the pod's ENI.
     pub external_services: Vec<Ipv4Net>,
     pub marks: Marks,
+    pub families: Families,
     pub path_mtus: PathMtus,
     /// Keep pods away from the instance metadata.
     pub block_imds: bool,
@@ -129,6 +133,7 @@ impl NodePlan {
             exclude_snat: Vec::new(),
             external_services: Vec::new(),
             marks: Marks::default(),
+            families: Families::V4,
             path_mtus: PathMtus::default(),
             block_imds: false,
             snat: Snat::ToPrimary(PortChoice::FullyRandom),
@@ -143,9 +148,14 @@ impl NodePlan {
             exclude_snat: settings.exclude_snat.clone(),
             external_services: settings.external_services.clone(),
             marks: settings.marks,
+            families: settings.families,
             path_mtus: settings.path_mtus,
             block_imds: settings.block_imds,
-            snat: settings.snat,
+            snat: match (settings.families, settings.snat) {
+                // Nobody else can translate what only this node knows.
+                (Families::V6 { egress: true }, Snat::External) => Snat::ToPrimary(PortChoice::FullyRandom),
+                (_, snat) => snat,
+            },
             node_port: settings.node_port,
             mtu: settings.mtu,
             ..self
@@ -203,7 +213,15 @@ pub struct EniPlan {
     pub sources: BTreeSet<IpNet>,
 }
 
+/// The VPC router on every link, link-local as IPv6 has it.
+pub const IPV6_ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0xec2, 0, 0, 0, 0, 0, 1);
+
 impl EniPlan {
+    /// Its IPv6 prefix, and what pods still have of one that is lost.
+    pub fn ipv6_sources(&self) -> impl Iterator<Item = IpNet> {
+        self.sources.iter().filter(|source| matches!(source, IpNet::V6(_))).copied()
+    }
+
     /// The VPC router's address on the ENI's subnet: base + 1.
     pub fn gateway(&self) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.subnet.network()).wrapping_add(1))

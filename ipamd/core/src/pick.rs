@@ -3,10 +3,11 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use crate::families::{IPV6_PREFIX_LEN, IPV6_WINDOW};
 use crate::ids::{DeviceIndex, EniId, Time};
 
 /// What EC2 delegates to an ENI slot in IPv4.
@@ -94,17 +95,23 @@ struct SlotRank {
     address: IpAddr,
 }
 
-/// Every address of a slot. A /28 has sixteen: EC2 routes its first and last like the others. Slots of IPv6 prefixes hold
-/// more than one would walk; they are not picked from this way.
+/// Every address of a slot that pods may get. A /28 has sixteen: EC2 routes its first and last like the others. Of a /80 it is
+/// a window at its beginning, for nobody could walk it all.
 pub fn addresses(slot: &IpNet) -> impl Iterator<Item = IpAddr> + use<> {
-    let (first, last) = match slot {
-        IpNet::V4(net) => (u32::from(net.network()), u32::from(net.broadcast())),
-        IpNet::V6(_) => (1, 0),
+    let (mut v4, mut v6) = (None, None);
+    match slot {
+        IpNet::V4(net) => v4 = Some(u32::from(net.network())..=u32::from(net.broadcast())),
+        IpNet::V6(net) if net.prefix_len() == 128 => v6 = Some((u128::from(net.network()), 0..=0)),
+        IpNet::V6(net) => v6 = Some((u128::from(net.network()), 1..=IPV6_WINDOW)),
+    }
+    let v4 = v4.into_iter().flatten().map(|bits| IpAddr::V4(Ipv4Addr::from(bits)));
+    let in_net = |(base, numbers): (u128, std::ops::RangeInclusive<u32>)| {
+        numbers.map(move |number| IpAddr::V6(Ipv6Addr::from(base | u128::from(number))))
     };
-    (first..=last).map(|bits| IpAddr::V4(Ipv4Addr::from(bits)))
+    v4.chain(v6.into_iter().flat_map(in_net))
 }
 
-/// The slot that holds the address: itself, or its /28.
+/// The slot that holds the address: itself, or its /28 or /80.
 pub fn slot_of(slots: &BTreeSet<IpNet>, address: &IpAddr) -> Option<IpNet> {
     let single = IpNet::from(*address);
     if slots.contains(&single) {
@@ -112,7 +119,7 @@ pub fn slot_of(slots: &BTreeSet<IpNet>, address: &IpAddr) -> Option<IpNet> {
     }
     let prefix = match address {
         IpAddr::V4(v4) => IpNet::V4(Ipv4Net::new(*v4, PREFIX_LEN).ok()?.trunc()),
-        IpAddr::V6(_) => return None,
+        IpAddr::V6(v6) => IpNet::V6(Ipv6Net::new(*v6, IPV6_PREFIX_LEN).ok()?.trunc()),
     };
     slots.contains(&prefix).then_some(prefix)
 }
@@ -122,11 +129,12 @@ pub fn range(slot: &IpNet) -> std::ops::RangeInclusive<IpAddr> {
     slot.network()..=slot.broadcast()
 }
 
-/// How many addresses a slot holds.
+/// How many addresses of a slot pods may get.
 pub fn size(slot: &IpNet) -> u32 {
     match slot {
         IpNet::V4(net) => 1u32.checked_shl(u32::from(32 - net.prefix_len())).unwrap_or(u32::MAX),
-        IpNet::V6(_) => 0,
+        IpNet::V6(net) if net.prefix_len() == 128 => 1,
+        IpNet::V6(_) => IPV6_WINDOW,
     }
 }
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{AttachmentId, DeviceIndex, EniId, InstanceId, MacAddress, SecurityGroupId, SubnetId, VpcId};
@@ -41,6 +41,8 @@ pub enum CloudRequest {
         subnet: SubnetId,
         security_groups: Vec<SecurityGroupId>,
         want: Want,
+        /// With a /80 of its own.
+        ipv6_prefix: bool,
         description: String,
         tags: BTreeMap<String, String>,
         /// Idempotency token: the same token gives the same ENI.
@@ -52,6 +54,8 @@ pub enum CloudRequest {
     SetDeleteOnTermination { eni: EniId, attachment: AttachmentId },
     /// EC2 AssignPrivateIpAddresses. Has no client token: after a lost reply, read back and adopt.
     Assign { eni: EniId, want: Want },
+    /// EC2 AssignIpv6Addresses for one /80, this very one where it is named. Has no client token either.
+    AssignIpv6Prefix { eni: EniId, prefix: Option<Ipv6Net> },
     /// EC2 AssignPrivateIpAddresses with the addresses and prefixes named, never with AllowReassignment: gives an ENI back
     /// what it lost while a pod lived there.
     AssignNamed { eni: EniId, slots: BTreeSet<IpNet> },
@@ -81,6 +85,7 @@ impl CloudRequest {
             Self::AttachEni { .. } => "AttachNetworkInterface",
             Self::SetDeleteOnTermination { .. } | Self::SetSecurityGroups { .. } => "ModifyNetworkInterfaceAttribute",
             Self::Assign { .. } | Self::AssignNamed { .. } => "AssignPrivateIpAddresses",
+            Self::AssignIpv6Prefix { .. } => "AssignIpv6Addresses",
             Self::Unassign { .. } => "UnassignPrivateIpAddresses",
             Self::DetachEni { .. } => "DetachNetworkInterface",
             Self::DeleteEni { .. } => "DeleteNetworkInterface",
@@ -131,7 +136,7 @@ pub enum CloudReply {
     Created(EniView),
     /// To `AttachEni`.
     Attached { attachment: AttachmentId },
-    /// To `Assign`: only what is new, /32s or /28s.
+    /// To `Assign`: only what is new, /32s or /28s. To `AssignIpv6Prefix`: the /80.
     Assigned(BTreeSet<IpNet>),
     /// To the requests that return nothing.
     Done,
@@ -168,7 +173,7 @@ pub struct EniView {
     /// The ENI's own address, never given to a pod; 0.0.0.0 for an ENI without IPv4 (EFA-only, IPv6-only), which still
     /// takes a device index.
     pub primary_ipv4: Ipv4Addr,
-    /// What each further slot holds: /32 secondary addresses and /28 prefixes.
+    /// What each further slot holds: /32 secondary addresses, /28 prefixes, and IPv6 /80 prefixes.
     pub slots: BTreeSet<IpNet>,
     pub security_groups: Vec<SecurityGroupId>,
     pub attachment: Option<AttachmentId>,

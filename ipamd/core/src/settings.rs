@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use reader::{Leniency, Reader, SettingError};
 
+use crate::families::Families;
 use crate::netplan::{Marks, PathMtus, PortChoice, Snat};
 use crate::target::{Mode, Policy, WarmTargets};
 
@@ -51,9 +52,14 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("DISABLE_LEAKED_ENI_CLEANUP", "false", "leave unattached ENIs of this cluster alone"),
     ("ENABLE_POD_ENI", "false", "keep one ENI slot free for the trunk of security groups for pods"),
     ("MAX_PODS", "110", "addresses beyond this many are never wanted"),
-    ("ENABLE_IPv4", "true", "pods have IPv4 addresses; the only family there is"),
-    ("ENABLE_IPv6", "false", "not supported yet: IPv6 clusters"),
-    ("ENABLE_V6_EGRESS", "false", "not supported yet: IPv6 to the outside from IPv4 pods"),
+    ("ENABLE_IPv4", "true", "pods have IPv4 addresses"),
+    (
+        "ENABLE_IPv6",
+        "false",
+        "pods have IPv6 addresses, beside IPv4 ones (dual stack) or, with ENABLE_IPv4=false, instead of them",
+    ),
+    ("ENABLE_V4_EGRESS", "true", "pods with IPv6 only reach IPv4 destinations, translated to the node's address"),
+    ("ENABLE_V6_EGRESS", "false", "not supported yet: IPv6 to the outside from IPv4 pods; dual stack does more"),
     ("ENABLE_MULTI_NIC", "false", "not supported yet: network cards above 0"),
     ("ANNOTATE_POD_IP", "false", "not supported yet: the pod's address as an annotation"),
     ("POD_SECURITY_GROUP_ENFORCING_MODE", "strict", "not supported yet: security groups for pods"),
@@ -82,6 +88,7 @@ const ENI_CONFIG_KEY: &str = "k8s.amazonaws.com/eniConfig";
 pub struct Settings {
     pub policy: Policy,
     pub mode: Mode,
+    pub families: Families,
     pub max_eni: Option<u32>,
     pub max_pods: u32,
     pub cooldown_secs: u32,
@@ -119,6 +126,7 @@ impl Settings {
     /// The settings as the reader gives them; they count only if it then finishes without a refusal.
     pub fn read<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> Self {
         not_supported(r);
+        let families = families(r);
         // What the add-on uses where it cannot read the value.
         let warm_eni = r.number("WARM_ENI_TARGET", 0, 1_000, Some(1));
         let warm_ip = r.number("WARM_IP_TARGET", 0, 100_000, Some(0));
@@ -150,6 +158,7 @@ impl Settings {
         Self {
             policy,
             mode: if prefixes { Mode::Prefixes } else { Mode::Addresses },
+            families,
             max_eni: r.number("MAX_ENI", 1, 100, None),
             max_pods: r.number("MAX_PODS", 1, 10_000, None).unwrap_or(110),
             cooldown_secs: r.strict_number("IP_COOLDOWN_PERIOD", 0, 86_400, 30),
@@ -183,19 +192,33 @@ impl Settings {
     }
 }
 
-/// Features of the add-on that are not built.
-fn not_supported<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) {
+/// Wrong families would give pods addresses that the rest of the cluster does not speak: never leniently.
+fn families<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> Families {
     let (v4, v6) = (r.flag("ENABLE_IPv4", true), r.flag("ENABLE_IPv6", false));
-    // IPv4 in place of IPv6 would give pods addresses that the rest of the cluster does not speak: never leniently.
+    let egress = r.flag("ENABLE_V4_EGRESS", true);
     match (v4, v6) {
-        (true, false) => {}
-        (true, true) => r.refuse_always("ENABLE_IPv6", "true", "either ENABLE_IPv4 or ENABLE_IPv6 is true, not both"),
-        (false, false) => r.refuse_always("ENABLE_IPv4", "false", "either ENABLE_IPv4 or ENABLE_IPv6 must be true"),
+        (true, false) => Families::V4,
+        (true, true) => Families::Dual,
         (false, true) => {
-            r.refuse_always("ENABLE_IPv6", "true", "false; IPv6 clusters are not supported by this version")
+            if r.flag("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", false) {
+                let allowed = "false where pods have IPv6 only: they all live on the primary ENI";
+                r.refuse_always("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true", allowed);
+            }
+            Families::V6 { egress }
+        }
+        (false, false) => {
+            r.refuse_always("ENABLE_IPv4", "false", "ENABLE_IPv4, ENABLE_IPv6 or both must be true");
+            Families::V4
         }
     }
-    r.unsupported_flag("ENABLE_V6_EGRESS", "pods have IPv4 only");
+}
+
+/// Features of the add-on that are not built.
+fn not_supported<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) {
+    r.unsupported_flag(
+        "ENABLE_V6_EGRESS",
+        "pods of IPv4 clusters reach IPv6 with addresses of their own: set ENABLE_IPv6=true beside ENABLE_IPv4=true",
+    );
     r.unsupported_flag("ENABLE_MULTI_NIC", "only network card 0 is used");
     r.unsupported_flag("ANNOTATE_POD_IP", "pods are not annotated");
     r.unsupported(
@@ -378,13 +401,14 @@ mod tests {
             [("AWS_VPC_ENI_MTU", "100"), ("MAX_PODS", "10")],
             [("AWS_VPC_K8S_CNI_VETHPREFIX", "toolong"), ("MAX_PODS", "10")],
             [("ENABLE_IPv4", "false"), ("MAX_PODS", "10")],
-            [("ENABLE_IPv6", "true"), ("MAX_PODS", "10")],
-            [("ENABLE_IPv6", "true"), ("ENABLE_IPv4", "false")],
+            [("ENABLE_IPv4", "false"), ("ENABLE_IPv6", "false")],
             [("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "0")],
         ];
         for vars in never {
             assert_eq!(leniently(&vars).unwrap_err().len(), 1, "{vars:?}");
         }
+        let only = [("ENABLE_IPv6", "true"), ("ENABLE_IPv4", "false"), ("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true")];
+        assert!(leniently(&only).is_err());
         assert!(parse(&[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")]).is_ok());
         assert!(parse(&[("ENABLE_PREFIX_DELEGATION", "true")]).is_ok());
     }

@@ -114,13 +114,42 @@ pub struct Target {
     pub why: Why,
 }
 
+impl Target {
+    /// Where pods have IPv6 addresses only.
+    pub fn one_prefix() -> Self {
+        Self { wanted: Wanted::Enough, needed: 0, surplus: 0, spare: 0, why: Why::OnePrefix }
+    }
+}
+
 /// What the target follows from. Looked at with every event and read seldom, so words are made of it only then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Why {
-    Addresses { warm_ip: u32, minimum_ip: u32, available: i64, total: u32, short: i64, over: i64 },
-    Enis { warm_eni: u32, available: i64, goal: i64 },
-    Prefixes { warm_prefix: u32, available: i64, free: u32, held: u32 },
-    Demand { demand: u32, goal: u32, usable: u32 },
+    Addresses {
+        warm_ip: u32,
+        minimum_ip: u32,
+        available: i64,
+        total: u32,
+        short: i64,
+        over: i64,
+    },
+    Enis {
+        warm_eni: u32,
+        available: i64,
+        goal: i64,
+    },
+    Prefixes {
+        warm_prefix: u32,
+        available: i64,
+        free: u32,
+        held: u32,
+    },
+    Demand {
+        demand: u32,
+        goal: u32,
+        usable: u32,
+    },
+    /// IPv6 clusters: one /80 is enough for any number of pods.
+    OnePrefix,
 }
 
 impl fmt::Display for Why {
@@ -137,6 +166,7 @@ impl fmt::Display for Why {
             Self::Prefixes { warm_prefix, available, free, held } => {
                 write!(f, "WARM_PREFIX_TARGET={warm_prefix}: {available} available, {free} of {held} prefixes free")
             }
+            Self::OnePrefix => f.write_str("one IPv6 prefix serves every pod of the node"),
             Self::Demand { demand, goal, usable } => {
                 write!(f, "demand: {demand} pods and {HEADROOM} spare make {goal}, {usable} usable")
             }

@@ -13,7 +13,7 @@ use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flatwire_core::ids::{EniId, MacAddress, RouteTable};
-use flatwire_core::netplan::{EniPlan, Look, Marks, NodePlan, priority};
+use flatwire_core::netplan::{EniPlan, IPV6_ROUTER, Look, Marks, NodePlan, priority};
 use flatwire_core::ports::{KernelReport, Repair, RepairKind};
 use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::route::{RouteMessage, RouteScope};
@@ -23,7 +23,7 @@ use crate::address::{LinkAddress, add_address, delete_address};
 use crate::error::KernelError;
 use crate::link::{Link, POD_GROUP};
 use crate::netns::in_netns;
-use crate::nft::{Fingerprint, Table};
+use crate::nft::{Family, Fingerprint, Table};
 use crate::node::NodeKernel;
 use crate::route::{PROTOCOL, Route, add_again, add_route, delete_route, replace_route};
 use crate::rule::{Rule, add_rule, delete_rule};
@@ -35,6 +35,7 @@ const KERNEL_PROTOCOL: u8 = 2;
 
 /// The suppression of everything but host routes.
 const SHORTER_THAN_HOST: u32 = 31;
+const SHORTER_THAN_IPV6_HOST: u32 = 127;
 
 /// The group of links that nobody put into one.
 const DEFAULT_GROUP: u32 = 0;
@@ -49,8 +50,8 @@ pub(crate) struct Memory {
     ran: bool,
     /// Objects that stood as planned at the end of the last run.
     stood: BTreeSet<String>,
-    /// The table as this process last wrote or verified it.
-    ruleset: Option<(Table, Fingerprint)>,
+    /// Each family's table as this process last wrote or verified it.
+    rulesets: BTreeMap<Family, (Table, Fingerprint)>,
     /// Index and name of each ENI's link.
     links: BTreeMap<EniId, (u32, String)>,
     /// The node's own routes by the primary ENI, as they were while there was a default route.
@@ -97,9 +98,7 @@ impl<'a> Run<'a> {
         let addresses = nl.addresses().await?;
         let messages = nl.route_messages(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).await?;
         let mut routes: Vec<Route> = messages.iter().filter_map(Route::parse).collect();
-        if look.pods.iter().any(|pod| pod.address.is_ipv6()) {
-            routes.extend(nl.routes_of(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).await?);
-        }
+        routes.extend(nl.routes_of(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).await?);
         let state = State { links, addresses, messages, routes, rules: nl.rules().await? };
         let report = KernelReport { repaired: memory.untold.drain(..).collect(), ..KernelReport::default() };
         // What is let be stays what it was: the repair that is made later still is one.
@@ -147,6 +146,15 @@ impl<'a> Run<'a> {
         ];
         let to_main = |cidr: &Ipv4Net| Rule::lookup(priority::TO_EXTERNAL, RouteTable::MAIN.0).to(IpNet::V4(*cidr));
         node_rules.extend(plan.external_services.iter().map(to_main));
+        if plan.families.has_v6() {
+            node_rules.extend([
+                Rule::lookup(priority::TO_PODS, RouteTable::MAIN.0)
+                    .v6()
+                    .suppress_prefixlength(SHORTER_THAN_IPV6_HOST)
+                    .suppress_group(DEFAULT_GROUP),
+                Rule::lookup(priority::TO_PRIMARY, RouteTable::MAIN.0).v6().fwmark(marks.primary, marks.primary),
+            ]);
+        }
         let before = self.trouble();
         self.rules(&node_rules).await;
         let mut shared = self.trouble() == before;
@@ -171,9 +179,14 @@ impl<'a> Run<'a> {
         self.pod_routes().await;
         // Marks come last: a packet that carries one finds its table.
         if let Some(primary) = primary {
-            match self.ruleset(&primary.name).await {
-                Ok(stands) => shared &= stands,
-                Err(e) => self.errors.push(e),
+            for table in self.tables(&primary.name) {
+                match self.ruleset(table).await {
+                    Ok(stands) => shared &= stands,
+                    Err(e) => self.errors.push(e),
+                }
+            }
+            if let Err(e) = self.departed_table().await {
+                self.errors.push(e);
             }
         }
         if !shared {
@@ -455,17 +468,36 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// True where the table stands at the end.
-    async fn ruleset(&mut self, primary: &str) -> Result<bool, KernelError> {
-        let nft = &self.kernel.nft;
+    fn tables(&self, primary: &str) -> Vec<Table> {
         let links: Vec<_> = self.plan.enis.iter().filter_map(|eni| Some((self.link_of(eni.mac)?.name, eni))).collect();
-        let table = ruleset::table(self.plan, primary, &links);
-        let object = format!("nftables table {}", table.name());
-        let touched = match &mut self.memory.ruleset {
+        let v6 = self.plan.families.has_v6().then(|| ruleset::table_v6(self.plan, primary, &links));
+        [ruleset::table(self.plan, primary, &links)].into_iter().chain(v6).collect()
+    }
+
+    /// IPv6 may have been switched off since another life of the daemon wrote its table.
+    async fn departed_table(&mut self) -> Result<(), KernelError> {
+        if self.memory.ran || self.plan.families.has_v6() {
+            return Ok(());
+        }
+        let nft = &self.kernel.nft;
+        match nft.exists(Family::Ip6, ruleset::TABLE).await? {
+            true => nft.remove(Family::Ip6, ruleset::TABLE).await,
+            false => Ok(()),
+        }
+    }
+
+    /// True where the table stands at the end.
+    async fn ruleset(&mut self, table: Table) -> Result<bool, KernelError> {
+        let nft = &self.kernel.nft;
+        let object = match table.family() {
+            ruleset::FAMILY => format!("nftables table {}", table.name()),
+            _ => format!("nftables table {} of IPv6", table.name()),
+        };
+        let touched = match self.memory.rulesets.get_mut(&table.family()) {
             Some((known, fingerprint)) => Some(!nft.unchanged(known, fingerprint).await?),
             None => None,
         };
-        let same = self.memory.ruleset.as_ref().is_some_and(|(known, _)| *known == table);
+        let same = self.memory.rulesets.get(&table.family()).is_some_and(|(known, _)| *known == table);
         if touched == Some(false) && same {
             self.stands.insert(object);
             return Ok(true);
@@ -477,7 +509,7 @@ impl<'a> Run<'a> {
             return Ok(false);
         }
         let fingerprint = nft.replace_and_watch(&table).await?;
-        self.memory.ruleset = Some((table, fingerprint));
+        self.memory.rulesets.insert(table.family(), (table, fingerprint));
         let undone = touched == Some(true);
         let text = match undone {
             true => format!("{object} had been changed or removed by somebody, and was written again"),
@@ -519,6 +551,12 @@ impl<'a> Run<'a> {
     fn sysctls(&mut self) {
         let mut wishes = vec![("net/ipv4/ip_forward".to_owned(), "1")];
         let plan = self.plan;
+        if plan.families.has_v6() {
+            // A router stops listening to others unless told to; so told before it is one, it keeps the way out it has learnt.
+            let primary = self.link_of(plan.primary.mac);
+            wishes.extend(primary.map(|link| (format!("net/ipv6/conf/{}/accept_ra", link.name), "2")));
+            wishes.push(("net/ipv6/conf/all/forwarding".to_owned(), "1"));
+        }
         let macs = [plan.primary.mac].into_iter().chain(plan.enis.iter().map(|eni| eni.mac));
         // Packets of a pod's connection may come by one ENI and their reverse route lead by another: loose, not strict.
         wishes.extend(
@@ -576,12 +614,19 @@ fn eni_address(eni: &EniPlan) -> IpNet {
 fn eni_routes(link: &Link, eni: &EniPlan) -> Vec<Route> {
     let gateway = IpAddr::V4(eni.gateway());
     let routes = [Route::to_host(gateway), Route::default_via(gateway)];
-    routes.into_iter().map(|route| route.table(eni.table.0).link(link.index)).collect()
+    let v6 = eni.ipv6_sources().next().map(|_| Route::default_via(IpAddr::V6(IPV6_ROUTER)));
+    routes.into_iter().chain(v6).map(|route| route.table(eni.table.0).link(link.index)).collect()
 }
 
 fn eni_rules(eni: &EniPlan, marks: Marks) -> Vec<Rule> {
-    vec![
+    let mut rules = vec![
         Rule::lookup(priority::FROM_PODS, eni.table.0).fwmark(eni.mark, marks.eni_mask),
         Rule::lookup(priority::FROM_ENI, eni.table.0).from(IpNet::from(IpAddr::V4(eni.address))),
-    ]
+    ];
+    let v6 = |net| Rule::lookup(priority::FROM_IPV6, eni.table.0).from(net);
+    rules.extend(eni.ipv6_sources().map(v6));
+    if eni.ipv6_sources().next().is_some() {
+        rules.push(Rule::lookup(priority::FROM_PODS, eni.table.0).v6().fwmark(eni.mark, marks.eni_mask));
+    }
+    rules
 }

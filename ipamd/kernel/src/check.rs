@@ -51,11 +51,12 @@ async fn host_side(
     expected: &Expected,
     differences: &mut Vec<String>,
 ) -> Result<Option<Link>, KernelError> {
-    let (name, address) = (&wiring.host_if, wiring.address);
-    let mut outcomes = host.batch(vec![get_link(name), match_route(address)]).await?.into_iter();
+    let name = &wiring.host_if;
+    let mut requests = vec![get_link(name)];
+    requests.extend(wiring.addresses().map(match_route));
+    let mut outcomes = host.batch(requests).await?.into_iter();
     let mut answer = || outcomes.next().and_then(Result::ok).unwrap_or_default();
     let link = first_link(&answer());
-    let route = first_route(&answer()).filter(|route| route.destination == IpNet::from(address));
 
     match &link {
         None => differences.push(format!("host interface {name} is missing: the pod is cut off; recreate it")),
@@ -66,22 +67,25 @@ async fn host_side(
             compare_link("host", link, wiring.mtu, expected.host_mac, differences);
         }
     }
-    match (route, &link) {
-        (None, _) => differences.push(format!(
-            "the node has no route to {address} in table main: packets for the pod go astray; restore \
-             `{address} dev {name} scope link`"
-        )),
-        (Some(route), Some(link)) if route.link != Some(link.index) => {
-            differences.push(format!(
-                "the node's route to {address} leads to {} and not to {name}: another pod may have this address",
-                name_of(host, route.link).await?
-            ));
+    for address in wiring.addresses() {
+        let route = first_route(&answer()).filter(|route| route.destination == IpNet::from(address));
+        match (route, &link) {
+            (None, _) => differences.push(format!(
+                "the node has no route to {address} in table main: packets for the pod go astray; restore \
+                 `{address} dev {name} scope link`"
+            )),
+            (Some(route), Some(link)) if route.link != Some(link.index) => {
+                differences.push(format!(
+                    "the node's route to {address} leads to {} and not to {name}: another pod may have this address",
+                    name_of(host, route.link).await?
+                ));
+            }
+            (Some(route), _) if route.table != RouteTable::MAIN.0 => differences.push(format!(
+                "the node finds {address} in table {} and not in main: look for a foreign rule",
+                route.table
+            )),
+            _ => {}
         }
-        (Some(route), _) if route.table != RouteTable::MAIN.0 => differences.push(format!(
-            "the node finds {address} in table {} and not in main: look for a foreign rule",
-            route.table
-        )),
-        _ => {}
     }
     Ok(link)
 }
@@ -93,7 +97,7 @@ async fn pod_side(
     host_link: Option<&Link>,
     differences: &mut Vec<String>,
 ) -> Result<(), KernelError> {
-    let (name, address) = (&wiring.pod_if, wiring.address);
+    let name = &wiring.pod_if;
     let Some(link) = pod.link(name).await? else {
         differences.push(format!(
             "interface {name} is missing in {}: the pod has no network; recreate it",
@@ -109,22 +113,26 @@ async fn pod_side(
     }
 
     let addresses = pod.addresses().await?;
-    if !addresses.iter().any(|a| a.link == link.index && a.address == IpNet::from(address)) {
-        differences.push(format!("pod interface {name} lacks its address {address}: add `{}`", IpNet::from(address)));
-    }
     // Further addresses are no difference: a later plugin of the chain may have added them.
-
-    routes(pod, wiring, &link, differences).await?;
-    neighbour(pod, wiring, &link, host_link.and_then(|link| link.mac), differences).await
+    for address in wiring.addresses() {
+        if !addresses.iter().any(|a| a.link == link.index && a.address == IpNet::from(address)) {
+            differences
+                .push(format!("pod interface {name} lacks its address {address}: add `{}`", IpNet::from(address)));
+        }
+        routes(pod, wiring, address, &link, differences).await?;
+        neighbour(pod, wiring, address, &link, host_link.and_then(|link| link.mac), differences).await?;
+    }
+    Ok(())
 }
 
 async fn routes(
     pod: &Netlink,
     wiring: &PodWiring,
+    address: IpAddr,
     link: &Link,
     differences: &mut Vec<String>,
 ) -> Result<(), KernelError> {
-    let gateway = wiring.gateway();
+    let gateway = wiring.gateway(address);
     let table = wiring.pod_table();
     let routes = pod.routes_of(gateway).await?;
     let stands = |wanted: &Route| {
@@ -143,8 +151,7 @@ async fn routes(
             ));
         }
     }
-    if let Some(rule) = wiring.pod_rule()
-        && wiring.address.is_ipv4()
+    if let Some(rule) = wiring.pod_rule(address)
         && !pod.rules().await?.contains(&rule)
     {
         differences.push(format!("the pod lacks the rule `{rule}`: its interface {} cannot send", wiring.pod_if));
@@ -155,11 +162,12 @@ async fn routes(
 async fn neighbour(
     pod: &Netlink,
     wiring: &PodWiring,
+    address: IpAddr,
     link: &Link,
     host_mac: Option<MacAddress>,
     differences: &mut Vec<String>,
 ) -> Result<(), KernelError> {
-    let gateway: IpAddr = wiring.gateway();
+    let gateway: IpAddr = wiring.gateway(address);
     match (pod.permanent_neighbour(link.index, gateway).await?, host_mac) {
         (None, _) => differences.push(format!(
             "the pod lacks the permanent neighbour {gateway} on {}: nobody answers for that address, so it cannot send",

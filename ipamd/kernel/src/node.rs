@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};
 
+use flatwire_core::families::EGRESS;
 use flatwire_core::ids::RouteTable;
 use flatwire_core::netplan::{Look, NodePlan};
 use flatwire_core::ports::{Kernel, KernelReport, PodsSeen};
@@ -14,7 +15,7 @@ use crate::error::KernelError;
 use crate::link::Link;
 use crate::netlink::Netlink;
 use crate::netns::Netns;
-use crate::nft::Nft;
+use crate::nft::{Family, Nft};
 use crate::route::{PROTOCOL, Route, delete_route};
 use crate::rule::{Rule, delete_rule};
 use crate::ruleset;
@@ -78,7 +79,8 @@ fn is_host_route(route: &Route) -> bool {
 
 fn is_link_local(address: IpAddr) -> bool {
     match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
+        // Pods of IPv6 clusters have one of these for IPv4.
+        IpAddr::V4(v4) => v4.is_link_local() && !EGRESS.contains(&v4),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),
     }
 }
@@ -119,8 +121,10 @@ impl NodeKernel {
             let outcomes = self.nl.batch(requests).await?;
             errors.extend(outcomes.into_iter().filter_map(Result::err).filter(|e| !e.is_absent()));
         }
-        if let Err(e) = self.nft.remove(ruleset::FAMILY, ruleset::TABLE).await {
-            errors.push(e);
+        for family in [ruleset::FAMILY, Family::Ip6] {
+            if let Err(e) = self.nft.remove(family, ruleset::TABLE).await {
+                errors.push(e);
+            }
         }
         KernelError::collect("clear the node", errors)
     }
@@ -134,8 +138,10 @@ impl NodeKernel {
         routes.extend(self.nl.routes_of(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).await?);
         found.extend(routes.iter().filter(|route| route.protocol == PROTOCOL).map(|route| format!("route {route}")));
         found.extend(self.our_rules().await?.iter().map(|rule| format!("rule {rule}")));
-        if self.nft.exists(ruleset::FAMILY, ruleset::TABLE).await? {
-            found.push(format!("nftables table {}", ruleset::TABLE));
+        for (family, of) in [(ruleset::FAMILY, ""), (Family::Ip6, " of IPv6")] {
+            if self.nft.exists(family, ruleset::TABLE).await? {
+                found.push(format!("nftables table {}{of}", ruleset::TABLE));
+            }
         }
         Ok(found)
     }
@@ -146,7 +152,9 @@ impl NodeKernel {
 
     async fn our_table_routes(&self) -> Result<Vec<Route>, KernelError> {
         let ours = |route: &Route| route.protocol == PROTOCOL && route.table != RouteTable::MAIN.0;
-        Ok(self.nl.routes().await?.into_iter().filter(ours).collect())
+        let mut routes = self.nl.routes().await?;
+        routes.extend(self.nl.routes_of(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).await?);
+        Ok(routes.into_iter().filter(ours).collect())
     }
 }
 

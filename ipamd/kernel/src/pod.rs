@@ -8,6 +8,9 @@
 //! host: eni… up;           <pod>/32 scope link, table main
 //! ```
 //!
+//! An IPv6 address is wired the same way, with fe80::1 as the gateway, and a permanent neighbour on the host's end too. It is
+//! used at once, without duplicate address detection: see `flatwire_core::families` for why it is unique.
+//!
 //! Invariant: a late DEL of a dead sandbox never touches the live one that now has its name or its address. Taking down
 //! therefore asks, of the link and of each address, whether it is still this sandbox's (test
 //! `a_late_del_leaves_the_next_sandbox_alone`).
@@ -50,6 +53,8 @@ pub struct PodWiring {
     /// In bytes.
     pub mtu: u32,
     pub address: IpAddr,
+    /// Of the other family.
+    pub second: Option<IpAddr>,
     /// Which interface of the pod this is: i gives the gateway 169.254.1.(i+1), and, above 0, routes in table i.
     pub gateway_index: u8,
     /// Identity of the sandbox; both MACs are derived from it.
@@ -78,9 +83,14 @@ impl PodWiring {
         Wired { host_mac: mac(&self.seed, "host"), pod_mac: mac(&self.seed, "pod") }
     }
 
-    /// The address the pod sends to: link-local, the same for every pod, answered by nobody but the neighbour entry.
-    pub(crate) fn gateway(&self) -> IpAddr {
-        match self.address {
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        [self.address].into_iter().chain(self.second)
+    }
+
+    /// What the pod sends to from this address: link-local, the same for every pod, answered by nobody but the neighbour
+    /// entry.
+    pub(crate) fn gateway(&self, address: IpAddr) -> IpAddr {
+        match address {
             IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::new(169, 254, 1, self.gateway_index.saturating_add(1))),
             IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, u16::from(self.gateway_index) + 1)),
         }
@@ -95,22 +105,26 @@ impl PodWiring {
     }
 
     /// The rule, in the pod, that leads to `pod_table`; a pod's first interface needs none.
-    pub(crate) fn pod_rule(&self) -> Option<Rule> {
+    pub(crate) fn pod_rule(&self, address: IpAddr) -> Option<Rule> {
         const BEFORE_MAIN: u32 = 1;
-        (self.gateway_index > 0).then(|| Rule::lookup(BEFORE_MAIN, self.pod_table()).from(IpNet::from(self.address)))
+        (self.gateway_index > 0).then(|| Rule::lookup(BEFORE_MAIN, self.pod_table()).from(IpNet::from(address)))
     }
 
     fn check(&self) -> Result<(), KernelError> {
         check_name(&self.pod_if)?;
         check_name(&self.host_if)?;
-        let address = self.address;
-        if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast(address) {
-            return Err(KernelError::BadInput {
-                what: format!("pod address {address}"),
-                why: "it is not a unicast address of a network",
-            });
+        let bad = |what, why| Err(KernelError::BadInput { what, why });
+        for address in self.addresses() {
+            if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast(address) {
+                return bad(format!("pod address {address}"), "it is not a unicast address of a network");
+            }
         }
-        Ok(())
+        match self.second {
+            Some(second) if second.is_ipv6() == self.address.is_ipv6() => {
+                bad(format!("second pod address {second}"), "it is of the same family as the first")
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -197,7 +211,7 @@ async fn configure(
     for (name, value) in [("accept_ra", "0"), ("accept_redirects", "1"), ("forwarding", "0")] {
         sysctl::set(&format!("net/ipv6/conf/{}/{name}", wiring.host_if), value)?;
     }
-    if wiring.address.is_ipv6() {
+    if wiring.addresses().any(|address| address.is_ipv6()) {
         enable_ipv6(netns, &wiring.pod_if)?;
     }
     exchange(host, pod, wiring, link.index, pod_link).await
@@ -212,8 +226,15 @@ async fn exchange(
     pod_link: u32,
 ) -> Result<(), KernelError> {
     pod.all(pod_side(wiring, pod_link)).await?;
-    let route = Route::to_host(wiring.address).link(link);
-    host.all(vec![set_up(link, &wiring.host_if), replace_route(&route)]).await?;
+    let mut requests = vec![set_up(link, &wiring.host_if)];
+    for address in wiring.addresses() {
+        requests.push(replace_route(&Route::to_host(address).link(link)));
+        if address.is_ipv6() {
+            // To ask for it, the node would need an address on this link, and would first wait for that to be proven unique.
+            requests.push(add_neighbour(link, &wiring.host_if, address, wiring.macs().pod_mac));
+        }
+    }
+    host.all(requests).await?;
     // The end that came up first, without a carrier, sends nothing until the kernel's link watch has run, up to a second
     // later. Asking for the link makes it run at once (kernels from 6.8 on), so that no first packet is lost.
     pod.one(get_link(&wiring.pod_if)).await?;
@@ -228,15 +249,18 @@ pub async fn wire_bare(host: &Netlink, pod: &Netlink, wiring: &PodWiring, netns:
 }
 
 fn pod_side(wiring: &PodWiring, link: u32) -> Vec<RouteRequest> {
-    let (gateway, table) = (wiring.gateway(), wiring.pod_table());
-    let mut requests = vec![
-        set_up(link, &wiring.pod_if),
-        add_address(link, &wiring.pod_if, IpNet::from(wiring.address), true),
-        add_route(&Route::to_host(gateway).table(table).link(link)),
-        add_route(&Route::default_via(gateway).table(table).link(link)),
-    ];
-    requests.extend(wiring.pod_rule().map(|rule| add_rule(&rule)));
-    requests.push(add_neighbour(link, &wiring.pod_if, gateway, wiring.macs().host_mac));
+    let table = wiring.pod_table();
+    let mut requests = vec![set_up(link, &wiring.pod_if)];
+    for address in wiring.addresses() {
+        let gateway = wiring.gateway(address);
+        requests.extend([
+            add_address(link, &wiring.pod_if, IpNet::from(address), true),
+            add_route(&Route::to_host(gateway).table(table).link(link)),
+            add_route(&Route::default_via(gateway).table(table).link(link)),
+        ]);
+        requests.extend(wiring.pod_rule(address).map(|rule| add_rule(&rule)));
+        requests.push(add_neighbour(link, &wiring.pod_if, gateway, wiring.macs().host_mac));
+    }
     requests
 }
 

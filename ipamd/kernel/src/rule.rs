@@ -10,7 +10,6 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
 
-use crate::address::family;
 use crate::error::KernelError;
 use crate::netlink::{Netlink, RouteRequest};
 use crate::route::PROTOCOL;
@@ -18,10 +17,12 @@ use crate::route::PROTOCOL;
 /// The kernel's way to say that a rule suppresses nothing.
 const NO_SUPPRESSION: u32 = u32::MAX;
 
-/// One IPv4 rule that looks a table up. Two rules are equal when they do the same; the protocol number only says who
+/// One rule that looks a table up. Two rules are equal when they do the same; the protocol number only says who
 /// made one.
 #[derive(Debug, Clone, Eq)]
 pub struct Rule {
+    /// Of IPv6 packets, not of IPv4 ones.
+    pub v6: bool,
     pub priority: u32,
     pub table: u32,
     pub from: Option<IpNet>,
@@ -39,7 +40,7 @@ pub struct Rule {
 impl PartialEq for Rule {
     fn eq(&self, other: &Self) -> bool {
         let deed = |rule: &Self| {
-            let selector = (rule.priority, rule.from, rule.to, rule.fwmark, rule.iif.clone());
+            let selector = (rule.v6, rule.priority, rule.from, rule.to, rule.fwmark, rule.iif.clone());
             (selector, rule.table, rule.suppress_prefixlength, rule.suppress_group)
         };
         deed(self) == deed(other)
@@ -47,9 +48,10 @@ impl PartialEq for Rule {
 }
 
 impl Rule {
-    /// Looks up `table` for every packet, until narrowed.
+    /// Looks up `table` for every IPv4 packet, until narrowed.
     pub fn lookup(priority: u32, table: u32) -> Self {
         Self {
+            v6: false,
             priority,
             table,
             from: None,
@@ -62,12 +64,19 @@ impl Rule {
         }
     }
 
+    pub fn v6(mut self) -> Self {
+        self.v6 = true;
+        self
+    }
+
     pub fn from(mut self, net: IpNet) -> Self {
+        self.v6 = matches!(net, IpNet::V6(_));
         self.from = Some(net);
         self
     }
 
     pub fn to(mut self, net: IpNet) -> Self {
+        self.v6 = matches!(net, IpNet::V6(_));
         // A rule to anywhere is one without a destination; so the kernel tells it.
         self.to = Some(net).filter(|net| net.prefix_len() > 0);
         self
@@ -95,7 +104,7 @@ impl Rule {
 
     fn message(&self) -> RuleMessage {
         let mut message = RuleMessage::default();
-        message.header.family = self.from.or(self.to).map_or(AddressFamily::Inet, |net| family(net.addr()));
+        message.header.family = if self.v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
         message.header.action = RuleAction::ToTable;
         message.header.table = u8::try_from(self.table).unwrap_or(0);
         message.attributes.push(RuleAttribute::Priority(self.priority));
@@ -126,6 +135,7 @@ impl Rule {
         }
         let mut rule = Self::lookup(0, u32::from(message.header.table));
         rule.protocol = 0;
+        rule.v6 = message.header.family == AddressFamily::Inet6;
         let (mut mark, mut mask) = (None, None);
         for attribute in &message.attributes {
             match attribute {
@@ -151,7 +161,8 @@ impl Rule {
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:", self.priority)?;
+        let family = if self.v6 { "ipv6 " } else { "" };
+        write!(f, "{family}{}:", self.priority)?;
         if let Some(net) = self.from {
             write!(f, " from {net}")?;
         }
@@ -197,6 +208,7 @@ pub(crate) fn delete_rule_of(priority: u32, from: Option<IpAddr>, to: Option<IpA
     let mut rule = Rule::lookup(priority, 0);
     rule.from = from.map(IpNet::from);
     rule.to = to.map(IpNet::from);
+    rule.v6 = from.or(to).is_some_and(|address| address.is_ipv6());
     let mut message = rule.message();
     message.header.action = RuleAction::Unspec;
     message.attributes.retain(|attribute| !matches!(attribute, RuleAttribute::Protocol(_) | RuleAttribute::Table(_)));
@@ -225,17 +237,23 @@ impl Netlink {
         }
     }
 
-    /// Every IPv4 rule this type can say, in the kernel's order.
+    /// Every rule this type can say, IPv4's first, each family in the kernel's order.
     pub async fn rules(&self) -> Result<Vec<Rule>, KernelError> {
-        let mut wanted = RuleMessage::default();
-        wanted.header.family = AddressFamily::Inet;
-        let messages = self.dump("list rules", RouteNetlinkMessage::GetRule(wanted)).await?;
-        Ok(messages
-            .iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewRule(rule) => Rule::parse(rule),
+        let mut rules = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut wanted = RuleMessage::default();
+            wanted.header.family = family;
+            let messages = match self.dump("list rules", RouteNetlinkMessage::GetRule(wanted)).await {
+                // A kernel without IPv6.
+                Err(e) if matches!(e.errno(), Some(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP)) => continue,
+                messages => messages?,
+            };
+            rules.extend(messages.iter().filter_map(|message| match message {
+                // Asked for a family it does not know, the kernel may tell of all.
+                RouteNetlinkMessage::NewRule(rule) if rule.header.family == family => Rule::parse(rule),
                 _ => None,
-            })
-            .collect())
+            }));
+        }
+        Ok(rules)
     }
 }

@@ -32,10 +32,15 @@
 //! `pass` holds pods' TCP to what ways out of the VPC carry, both ways, since an opening tells the far side how much to
 //! send at once; and keeps pods away from the instance metadata where that is asked for.
 //!
-//! IPv4 only: IPv6 pods all are on the primary ENI and nothing is translated.
+//! IPv6 has a table of its own with the little that it needs: nothing is translated there, and a rule by the ENI's one prefix
+//! steers, so only what came in to an address of the node by an ENI is sent back by that one.
+//!
+//! Pods of IPv6 clusters reach IPv4 with addresses that mean something on their node only: whatever leaves from those is
+//! translated, inside the VPC too, and nobody opens a connection to one.
 
 use std::net::Ipv4Addr;
 
+use flatwire_core::families::{EGRESS, Families};
 use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, Snat};
 use ipnet::{IpNet, Ipv4Net};
 
@@ -47,6 +52,7 @@ pub(crate) const TABLE: &str = "flatwire";
 const VPC: &str = "vpc";
 const NO_SNAT: &str = "no-snat";
 const PEERED: &str = "peered";
+const EGRESS_SET: &str = "egress";
 const POD_ENI: &str = "pod-eni";
 const ENI_OF_LINK: &str = "eni-of-link";
 const WAY_BACK: &str = "way-back";
@@ -75,12 +81,13 @@ const HEADER_BYTES: u32 = 40;
 /// have appeared.
 pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
     let marks = plan.marks;
-    let untranslated = plan.vpc.iter().chain(&plan.exclude_snat).copied();
+    let excluded = if egress(plan) { Vec::new() } else { plan.vpc.iter().chain(&plan.exclude_snat).copied().collect() };
     let ways = plan.enis.iter().map(|eni| (eni.mark, eni_chain(eni.mark)));
     let mut table = Table::new(FAMILY, TABLE)
-        .set(Set::addresses(NO_SNAT).networks(untranslated))
+        .set(Set::addresses(NO_SNAT).networks(excluded))
         .set(Set::addresses(VPC).networks(plan.vpc.iter().copied()))
         .set(Set::addresses(PEERED).networks(peered(plan)))
+        .set(Set::addresses(EGRESS_SET).networks(egress(plan).then_some(EGRESS)))
         .map(Map::to_chains(POD_ENI, sources(plan)))
         .map(Map::of_marks(WAY_BACK, ways.chain([(marks.primary, RESTORE_PRIMARY.to_owned())])));
     if plan.node_port {
@@ -117,6 +124,37 @@ pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]
         }
     }
     table.chain(source_nat)
+}
+
+/// IPv6's table.
+pub(crate) fn table_v6(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
+    let marks = plan.marks;
+    let ways = plan.enis.iter().map(|eni| (eni.mark, eni_chain(eni.mark)));
+    let mut table = Table::new(Family::Ip6, TABLE)
+        .map(Map::of_marks(WAY_BACK, ways.chain([(marks.primary, RESTORE_PRIMARY.to_owned())])));
+    if plan.node_port {
+        table = came_in(table, plan, primary, links);
+    }
+    for eni in &plan.enis {
+        table =
+            table.chain(Chain::regular(eni_chain(eni.mark)).rule(Rule::new().mark_replace(marks.eni_mask, eni.mark)));
+    }
+    table
+        .chain(Chain::regular(RESTORE_PRIMARY).rule(Rule::new().mark_set(marks.primary)))
+        .chain(
+            Chain::filter("steer", Hook::Prerouting, AFTER_DNAT)
+                .rule(Rule::new().iifname_prefix_not(&plan.veth_prefix).ct_original().accept())
+                .rule(Rule::new().goto_by_ct_mark(marks.mask(), WAY_BACK)),
+        )
+        .chain(
+            Chain::route("host-replies", BEFORE_DNAT)
+                .rule(Rule::new().ct_reply().goto_by_ct_mark(marks.eni_mask, WAY_BACK)),
+        )
+}
+
+/// Pods reach IPv4 with addresses of this node alone.
+fn egress(plan: &NodePlan) -> bool {
+    plan.families == Families::V6 { egress: true }
 }
 
 /// By which ENI a connection to an address of the node came in.
@@ -157,6 +195,9 @@ fn pass(plan: &NodePlan) -> Chain {
     let mut chain = Chain::filter("pass", Hook::Forward, BEFORE_FILTERS);
     if plan.block_imds {
         chain = chain.rule(Rule::new().iifname_prefix(&plan.veth_prefix).destination(IMDS).counter().reject());
+    }
+    if egress(plan) {
+        chain = chain.rule(Rule::new().ct_unconfirmed().destination_in(EGRESS_SET).counter().reject());
     }
     chain.rule(Rule::new().tcp_syn().goto(OPENINGS))
 }

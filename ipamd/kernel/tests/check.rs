@@ -63,6 +63,7 @@ async fn tampered(tampering: &str, sentences: &[&str]) {
         host_if: "eni-a".to_owned(),
         mtu: 9001,
         address: "10.0.1.7".parse().expect("an address"),
+        second: None,
         gateway_index: 0,
         seed: "sandbox".to_owned(),
     };

@@ -83,6 +83,7 @@ async fn pod(name: &str, address: &str) -> (PodWiring, Netns) {
         host_if: host_if_name("eni", "default", name, 0),
         mtu: 9001,
         address: v4(address),
+        second: None,
         gateway_index: 0,
         seed: name.to_owned(),
     };

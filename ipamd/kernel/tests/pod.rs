@@ -17,6 +17,7 @@ fn wiring(netns: &Path, pod: &str, address: &str) -> PodWiring {
         host_if: host_if_name("eni", "default", pod, 0),
         mtu: 9001,
         address: address.parse().expect("an address"),
+        second: None,
         gateway_index: 0,
         seed: format!("sandbox of {pod}"),
     }

@@ -28,6 +28,7 @@ async fn pod(name: &str, address: IpAddr) -> (String, Netns) {
         host_if: host_if.clone(),
         mtu: 9001,
         address,
+        second: None,
         gateway_index: 0,
         seed: name.to_owned(),
     };

@@ -29,6 +29,7 @@ fn pods() {
                 host_if: host_if_name("eni", "default", &format!("pod{n}"), 0),
                 mtu: 9001,
                 address: std::net::Ipv4Addr::from(0x0a00_0100 + n).into(),
+                second: None,
                 gateway_index: 0,
                 seed: format!("pod{n}"),
             })

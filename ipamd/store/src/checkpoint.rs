@@ -185,6 +185,7 @@ mod tests {
             sandbox: SandboxId { network: "aws-cni".into(), container_id: "f1c8".into(), if_name: "eth0".into() },
             pod: PodName { namespace: "default".into(), name: "sample-pod-1".into() },
             address: "10.0.17.25".parse().unwrap(),
+            second: None,
             eni: EniId::new("eni-1").unwrap(),
             device: DeviceIndex(0),
             table: RouteTable::MAIN,

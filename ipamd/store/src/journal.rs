@@ -159,6 +159,7 @@ mod tests {
             sandbox: SandboxId { network: "aws-cni".into(), container_id: format!("c{n}"), if_name: "eth0".into() },
             pod: PodName { namespace: "default".into(), name: format!("p{n}") },
             address: std::net::Ipv4Addr::new(10, 0, 0, n).into(),
+            second: None,
             eni: EniId::new("eni-1").unwrap(),
             device: flatwire_core::ids::DeviceIndex(0),
             table: RouteTable::MAIN,

@@ -38,6 +38,7 @@ fn state() -> impl Strategy<Value = LedgerState> {
                 sandbox: SandboxId { network, container_id: format!("c{n}"), if_name: "eth0".to_owned() },
                 pod: PodName { namespace, name },
                 address,
+                second: None,
                 eni: EniId::new("eni-1").unwrap(),
                 device: DeviceIndex(0),
                 table: RouteTable::MAIN,

@@ -17,6 +17,7 @@ use crate::faults::Outcome;
 use crate::filters::Page;
 use crate::state::State;
 use crate::state::eni::{NewEni, Wanted};
+use crate::state::ipv6::Wanted6;
 use crate::view::{AttachmentState, EniInfo, EniStatus as Life, Tags};
 
 /// Which page of a `Describe*` is asked for; other actions have none.
@@ -147,7 +148,7 @@ fn carry_out(state: &mut State, call: &Call<'_>, request: &CloudRequest, page: &
             })?;
             CloudReply::InstanceType(known.limits())
         }
-        CloudRequest::CreateEni { subnet, security_groups, want, description, tags, client_token } => {
+        CloudRequest::CreateEni { subnet, security_groups, want, ipv6_prefix, description, tags, client_token } => {
             if !tags.is_empty() {
                 call.permit("CreateTags")?;
             }
@@ -157,7 +158,7 @@ fn carry_out(state: &mut State, call: &Call<'_>, request: &CloudRequest, page: &
                 groups: security_groups.clone(),
                 description: description.clone(),
                 primary: None,
-                wanted: wanted(*want),
+                wanted: Wanted { ipv6: one_prefix(*ipv6_prefix), ..wanted(*want) },
                 tags: tags.clone(),
                 interface_type: "interface".to_owned(),
             };
@@ -193,6 +194,14 @@ fn carry_out(state: &mut State, call: &Call<'_>, request: &CloudRequest, page: &
                 return Err(ApiError::combination("Private addresses and IPv4 prefixes exclude each other."));
             }
             assigned(state, now, eni, &Wanted { addresses, prefixes, ..Wanted::default() })?
+        }
+        CloudRequest::AssignIpv6Prefix { eni, prefix } => {
+            let wanted = match prefix {
+                Some(prefix) => Wanted6 { prefixes: vec![*prefix], ..Wanted6::default() },
+                None => one_prefix(true),
+            };
+            let taken = state.assign_ipv6(now, eni, &wanted)?;
+            CloudReply::Assigned(taken.prefixes.into_iter().map(IpNet::V6).collect())
         }
         CloudRequest::Unassign { eni, slots } => {
             let (addresses, prefixes) = split(slots);
@@ -241,6 +250,10 @@ fn wanted(want: Want) -> Wanted {
     }
 }
 
+fn one_prefix(wanted: bool) -> Wanted6 {
+    Wanted6 { prefix_count: u32::from(wanted), ..Wanted6::default() }
+}
+
 fn split(slots: &BTreeSet<IpNet>) -> (Vec<Ipv4Addr>, Vec<Ipv4Net>) {
     let v4 = slots.iter().filter_map(|slot| if let IpNet::V4(net) = slot { Some(*net) } else { None });
     let (single, prefixes): (Vec<Ipv4Net>, Vec<Ipv4Net>) = v4.partition(|net| net.prefix_len() == 32);
@@ -263,7 +276,10 @@ fn view_of(eni: &EniInfo) -> EniView {
         subnet: eni.subnet.clone(),
         subnet_cidr: None,
         primary_ipv4: eni.primary_ipv4,
-        slots: addresses.chain(eni.prefixes.iter().copied().map(IpNet::V4)).collect(),
+        slots: addresses
+            .chain(eni.prefixes.iter().copied().map(IpNet::V4))
+            .chain(eni.ipv6_prefixes.iter().copied().map(IpNet::V6))
+            .collect(),
         security_groups: eni.security_groups.clone(),
         attachment: attachment.map(|a| a.id.clone()),
         status: match attachment.map(|a| a.state) {

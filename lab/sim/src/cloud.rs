@@ -180,6 +180,7 @@ pub fn mutated(request: &CloudRequest) -> Option<&EniId> {
         | CloudRequest::SetSecurityGroups { eni, .. }
         | CloudRequest::Assign { eni, .. }
         | CloudRequest::AssignNamed { eni, .. }
+        | CloudRequest::AssignIpv6Prefix { eni, .. }
         | CloudRequest::Unassign { eni, .. }
         | CloudRequest::DetachEni { eni, .. }
         | CloudRequest::DeleteEni { eni }
@@ -202,6 +203,10 @@ pub fn words(request: &CloudRequest) -> String {
         CloudRequest::AssignNamed { eni, slots } | CloudRequest::Unassign { eni, slots } => {
             format!("{action} {eni} {}", list(slots))
         }
+        CloudRequest::AssignIpv6Prefix { eni, prefix } => match prefix {
+            Some(prefix) => format!("{action} {eni} {prefix}"),
+            None => format!("{action} {eni} one prefix"),
+        },
         CloudRequest::CreateEni { subnet, want, client_token, .. } => {
             format!("{action} in {subnet} with {want} ({client_token})")
         }

@@ -157,7 +157,7 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
         let answer = held.or_else(|| {
             let (address, eni) = self.free(now).next().filter(|_| self.started)?;
             let (eni, device, table) = (eni.id.clone(), eni.device, eni.table());
-            let new = Allocation { sandbox, pod, address, eni, device, table, at: now };
+            let new = Allocation { sandbox, pod, address, second: None, eni, device, table, at: now };
             self.record(Record::Allocated(new.clone()), out);
             Some(new)
         });
@@ -330,6 +330,7 @@ impl<const FALLS_BACK: bool> Naive<FALLS_BACK> {
                     subnet,
                     security_groups: node.security_groups.clone(),
                     want,
+                    ipv6_prefix: false,
                     description: format!("aws-K8S-{}", node.instance),
                     tags: BTreeMap::from([(TAG_INSTANCE.to_owned(), node.instance.to_string())]),
                     client_token: format!("{}-{:x}", node.instance, now.0),

@@ -77,6 +77,7 @@ impl Floor {
             mtu: VPC_MTU,
             // Of no VPC (RFC 2544), so that it is nobody's.
             address: Ipv4Addr::from(0xc612_0000 + number).into(),
+            second: None,
             gateway_index: 0,
             seed: format!("floor-{number}"),
         };

@@ -234,6 +234,7 @@ impl Node {
             host_if: format!("eni{number}"),
             mtu: self.mtu(),
             address: (*address).into(),
+            second: None,
             gateway_index: 0,
             seed: address.to_string(),
         };

@@ -201,6 +201,7 @@ impl Walk {
             subnet: self.place.subnet.clone(),
             security_groups: vec![self.place.group.clone()],
             want,
+            ipv6_prefix: false,
             description: format!("aws-K8S-{}", self.place.instance),
             tags: self.tags(),
             client_token: token.to_owned(),
@@ -360,7 +361,15 @@ impl Walk {
         let no_subnet = match self.creation(Want::Addresses(1), "walk-nowhere") {
             CloudRequest::CreateEni { security_groups, want, description, tags, client_token, .. } => {
                 let subnet = SubnetId::new("subnet-00000000000000001").unwrap();
-                CloudRequest::CreateEni { subnet, security_groups, want, description, tags, client_token }
+                CloudRequest::CreateEni {
+                    subnet,
+                    security_groups,
+                    want,
+                    ipv6_prefix: false,
+                    description,
+                    tags,
+                    client_token,
+                }
             }
             other => panic!("{other:?}"),
         };

@@ -12,28 +12,35 @@ use crate::errors::{for_want, from_sdk, malformed};
 
 const ACTION: &str = "CreateNetworkInterface";
 
+/// What tells the new ENI from others.
+pub struct Named<'a> {
+    pub description: &'a str,
+    pub tags: &'a BTreeMap<String, String>,
+    pub client_token: &'a str,
+}
+
 pub async fn create(
     ec2: &Client,
     subnet: &SubnetId,
     security_groups: &[SecurityGroupId],
     want: Want,
-    description: &str,
-    tags: &BTreeMap<String, String>,
-    client_token: &str,
+    ipv6_prefix: bool,
+    named: Named<'_>,
 ) -> Result<CloudReply, CloudError> {
     let call = ec2
         .create_network_interface()
         .subnet_id(subnet.as_str())
         .set_groups(Some(security_groups.iter().map(ToString::to_string).collect()))
-        .description(description)
-        .set_tag_specifications(eni_tags(tags))
-        .client_token(client_token);
+        .description(named.description)
+        .set_tag_specifications(eni_tags(named.tags))
+        .client_token(named.client_token);
     // A count of zero is refused by EC2; an ENI with its primary address only is asked for by naming no count.
     let call = match want {
         Want::Addresses(0) | Want::Prefixes(0) => call,
         Want::Addresses(n) => call.secondary_private_ip_address_count(to_i32(ACTION, n)?),
         Want::Prefixes(n) => call.ipv4_prefix_count(to_i32(ACTION, n)?),
     };
+    let call = if ipv6_prefix { call.ipv6_prefix_count(1) } else { call };
     let answer = call
         .customize()
         .config_override(once())

@@ -5,6 +5,7 @@ use flatwire_core::ports::{CloudError, CloudReply, CloudRequest};
 
 use crate::errors;
 
+mod assign_ipv6_addresses;
 mod assign_private_ip_addresses;
 mod attach_network_interface;
 mod create_network_interface;
@@ -28,8 +29,9 @@ pub async fn perform(ec2: &Client, request: &CloudRequest) -> Result<CloudReply,
         CloudRequest::DescribeSubnets { vpc, availability_zone } => {
             describe_subnets::of_zone(ec2, vpc, availability_zone).await
         }
-        CloudRequest::CreateEni { subnet, security_groups, want, description, tags, client_token } => {
-            create_network_interface::create(ec2, subnet, security_groups, *want, description, tags, client_token).await
+        CloudRequest::CreateEni { subnet, security_groups, want, ipv6_prefix, description, tags, client_token } => {
+            let named = create_network_interface::Named { description, tags, client_token };
+            create_network_interface::create(ec2, subnet, security_groups, *want, *ipv6_prefix, named).await
         }
         CloudRequest::AttachEni { eni, instance, device, card } => {
             attach_network_interface::attach(ec2, eni, instance, *device, *card).await
@@ -41,6 +43,7 @@ pub async fn perform(ec2: &Client, request: &CloudRequest) -> Result<CloudReply,
             modify_network_interface_attribute::security_groups(ec2, eni, security_groups).await
         }
         CloudRequest::AssignNamed { eni, slots } => assign_private_ip_addresses::assign_named(ec2, eni, slots).await,
+        CloudRequest::AssignIpv6Prefix { eni, prefix } => assign_ipv6_addresses::prefix(ec2, eni, *prefix).await,
         CloudRequest::Assign { eni, want } => assign_private_ip_addresses::assign(ec2, eni, *want).await,
         CloudRequest::Unassign { eni, slots } => unassign_private_ip_addresses::unassign(ec2, eni, slots).await,
         CloudRequest::DetachEni { eni: _, attachment } => detach_network_interface::detach(ec2, attachment).await,

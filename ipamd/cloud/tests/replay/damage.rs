@@ -21,6 +21,7 @@ fn answers() -> Vec<(CloudRequest, &'static str)> {
         subnet: SubnetId::new("subnet-0b7f8e1a2c3d4e5f6").unwrap(),
         security_groups: Vec::new(),
         want: Want::Addresses(2),
+        ipv6_prefix: false,
         description: String::new(),
         tags: BTreeMap::new(),
         client_token: "t".to_owned(),

@@ -35,6 +35,7 @@ fn create(want: Want) -> CloudRequest {
         subnet: SubnetId::new("subnet-0b7f8e1a2c3d4e5f6").unwrap(),
         security_groups: vec![SecurityGroupId::new("sg-1").unwrap(), SecurityGroupId::new("sg-2").unwrap()],
         want,
+        ipv6_prefix: false,
         description: "aws-K8S-i-0123456789abcdef0".to_owned(),
         tags: BTreeMap::from([("cluster.k8s.amazonaws.com/name".to_owned(), "c 1&2".to_owned())]),
         client_token: "token-1".to_owned(),

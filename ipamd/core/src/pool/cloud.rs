@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::grow::DESCRIBE;
+use super::ipv6;
 use super::setback::Subject;
 use super::{Live, Note, Op, OpId, Out, Pool};
 use crate::ids::{AttachmentId, DeviceIndex, EniId, SubnetId, Time};
@@ -29,6 +30,7 @@ impl Op {
             Self::Attach(_) => "AttachNetworkInterface",
             Self::Settle(_) | Self::Groups { .. } => "ModifyNetworkInterfaceAttribute",
             Self::Assign { .. } | Self::Reclaim { .. } => "AssignPrivateIpAddresses",
+            Self::AssignIpv6 { .. } => ipv6::ASSIGN,
             Self::Unassign { .. } => "UnassignPrivateIpAddresses",
             Self::Detach(_) => "DetachNetworkInterface",
             Self::Delete(_) | Self::Collect(_) => "DeleteNetworkInterface",
@@ -43,6 +45,7 @@ impl Op {
             Self::Attach(eni)
             | Self::Settle(eni)
             | Self::Assign { eni, .. }
+            | Self::AssignIpv6 { eni, .. }
             | Self::Reclaim { eni, .. }
             | Self::Unassign { eni, .. }
             | Self::Detach(eni)
@@ -101,7 +104,7 @@ impl Pool {
             self.recovered(&Subject::Action(op.action().into()));
             self.bucket(op.action(), now).passed();
         }
-        match (op, result) {
+        match (op, result.map(|reply| self.without_other_families(reply))) {
             (op, Err(error)) => self.cloud_refused(op, error, now, out),
             (Op::Metadata, Ok(CloudReply::Metadata(metadata))) => self.metadata_arrived(metadata, now, out),
             (Op::Limits, Ok(CloudReply::InstanceType(limits))) => self.limits = Some(limits),
@@ -140,6 +143,13 @@ impl Pool {
                     self.recovered(&Subject::Subnet(subnet));
                 }
                 self.gain(&eni, slots, now, out);
+            }
+            (Op::AssignIpv6 { eni, prefix: None }, Ok(CloudReply::Assigned(slots))) => {
+                self.recovered(&Subject::Ipv6(eni.clone()));
+                self.gain(&eni, slots, now, out);
+            }
+            (Op::AssignIpv6 { eni, prefix: Some(prefix) }, Ok(CloudReply::Assigned(_))) => {
+                self.reclaimed(&eni, &BTreeSet::from([IpNet::V6(prefix)]), now, out);
             }
             (Op::Reclaim { eni, slots }, Ok(CloudReply::Assigned(_))) => self.reclaimed(&eni, &slots, now, out),
             (Op::Unassign { eni, slots }, Ok(CloudReply::Done)) => {
@@ -279,6 +289,7 @@ impl Pool {
                 self.set_back(Subject::Lost(eni.clone()), eni.to_string(), error, now, out);
                 self.verify_due |= kind.outcome_unknown();
             }
+            Op::AssignIpv6 { eni, prefix } => self.ipv6_assign_refused(eni, prefix, error, now, out),
             Op::Groups { eni, .. } => {
                 self.set_back(Subject::Groups(eni.clone()), eni.to_string(), error, now, out);
             }

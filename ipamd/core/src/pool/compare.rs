@@ -93,7 +93,8 @@ impl Pool {
             self.import(&metadata.enis, out);
         }
         if news || first_reading {
-            let addresses = self.ledger.slots.values().flatten().map(pick::size).sum();
+            let slots = self.ledger.slots.values().flatten().filter(|slot| self.settings.families.picks_from(slot));
+            let addresses = slots.map(pick::size).sum();
             let NodeFacts { instance, instance_type, .. } = facts;
             let instance = instance.to_string();
             out.note(Note::NodeKnown { instance, instance_type, addresses, from_ledger: !first_boot });
@@ -299,7 +300,7 @@ impl Pool {
     pub(super) fn eni_read_back(&mut self, view: &EniView, asked_at: Time, now: Time, out: &mut Out) {
         let Some(record) = self.ledger.enis.get(&view.id).cloned() else { return };
         let full = self.setbacks.get(&Subject::Eni(view.id.clone())).is_some_and(|s| s.kind == CloudErrorKind::EniFull);
-        if full && let Ok(slots) = u32::try_from(view.slots.len()) {
+        if full && let Ok(slots) = u32::try_from(ipv4_slots(view)) {
             let least = self.learned_slots.map_or(slots, |(learned, _)| learned.min(slots));
             self.learned_slots = Some((least, now.plus_ms(LEARNED_MS)));
         }
@@ -315,7 +316,7 @@ impl Pool {
         let held = self.ledger.slots.get(eni).cloned().unwrap_or_default();
         let more: BTreeSet<IpNet> = view.slots.difference(&held).copied().collect();
         // So many do fit, whatever an older reading has taught.
-        let fits = u32::try_from(view.slots.len()).unwrap_or(u32::MAX);
+        let fits = u32::try_from(ipv4_slots(view)).unwrap_or(u32::MAX);
         self.learned_slots = self.learned_slots.map(|(learned, until)| (learned.max(fits), until));
         let Some(live) = self.live.get_mut(eni) else { return };
         live.quarantined.clear();
@@ -376,7 +377,7 @@ impl Pool {
 
     /// A pod of the ledger or a pod route of the kernel is in the slot.
     pub(super) fn somebody_lives_in(&self, slot: &IpNet) -> bool {
-        self.ledger.pods.values().any(|a| slot.contains(&a.address))
+        self.ledger.pods.values().any(|a| a.is_in(slot))
             || self.kernel.pods.routes.iter().any(|address| slot.contains(address))
     }
 
@@ -423,6 +424,11 @@ impl Pool {
         };
         managed || view.device == DeviceIndex::PRIMARY
     }
+}
+
+/// IPv6 has slots of its own.
+fn ipv4_slots(view: &EniView) -> usize {
+    view.slots.iter().filter(|slot| matches!(slot, IpNet::V4(_))).count()
 }
 
 pub(super) fn list(slots: &BTreeSet<IpNet>) -> String {

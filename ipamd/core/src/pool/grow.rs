@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::compare::BELIEVED_AFTER_MS;
 use super::setback::{Setback, Subject};
 use super::{MAX_CREATIONS, Note, Op, Out, Pool, STUCK_ENI_MS};
@@ -163,7 +165,7 @@ impl Pool {
 
     /// Before EC2 has confirmed the ledger, what seems missing may be there. A pod that waits does not wait for readings that
     /// are refused again and again: a few addresses too many can be given back, a start held up for minutes cannot.
-    fn may_grow(&self) -> bool {
+    pub(super) fn may_grow(&self) -> bool {
         let unread = self.live.values().any(|live| live.read_due);
         let asking = unread || self.under_way(|op| matches!(op, Op::Verify | Op::ReadBack(_)));
         let reading = self.setbacks.get(&Subject::Action(DESCRIBE.into()));
@@ -191,6 +193,7 @@ impl Pool {
             subnet: creation.subnet,
             security_groups: creation.security_groups,
             want: creation.want,
+            ipv6_prefix: creation.ipv6_prefix,
             description: format!("aws-K8S-{}", node.instance),
             tags: creation.tags,
             client_token: creation.token.clone(),
@@ -211,6 +214,7 @@ impl Pool {
             token,
             subnet,
             want,
+            ipv6_prefix: self.creates_with_ipv6(),
             security_groups: self.wanted_groups().unwrap_or_default().to_vec(),
             tags,
             since: now,
@@ -219,6 +223,9 @@ impl Pool {
 
     /// What is still wanted; `None` until the node's limits are known.
     pub fn target(&self, now: Time) -> Option<Target> {
+        if self.settings.families.is_v6_only() {
+            return Some(Target::one_prefix());
+        }
         Some(target::target(self.settings.policy, &self.frame()?, &self.counts(now)))
     }
 
@@ -261,7 +268,8 @@ impl Pool {
             if !self.serves_pods(id) || self.is_stuck(id, now) {
                 continue;
             }
-            for slot in slots.iter().filter(|slot| !self.is_withheld(id, slot)) {
+            let counted = |slot: &&IpNet| self.settings.families.picks_from(slot) && !self.is_withheld(id, slot);
+            for slot in slots.iter().filter(counted) {
                 let size = pick::size(slot);
                 let range = pick::range(slot);
                 let held = count(pods.range(range.clone()));
@@ -302,7 +310,8 @@ impl Pool {
         let mut later = self.room_beside_creations(&frame);
         for eni in enis {
             let Some(live) = self.live.get(&eni.id).filter(|_| self.serves_pods(&eni.id)) else { continue };
-            let held = self.ledger.slots.get(&eni.id).map_or(0, |slots| slots.len() + live.quarantined.len());
+            let held = self.ledger.slots.get(&eni.id).into_iter().flatten().chain(&live.quarantined);
+            let held = held.filter(|slot| matches!(slot, IpNet::V4(_))).count();
             let free_slots = frame.slots_per_eni.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
             let busy = self.is_changing(&eni.id);
             let rests = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
@@ -405,7 +414,13 @@ impl Pool {
         let call = self.under_way(|op| {
             matches!(
                 op,
-                Op::Assign { .. } | Op::Create { .. } | Op::Attach(_) | Op::Metadata | Op::Verify | Op::ReadBack(_)
+                Op::Assign { .. }
+                    | Op::AssignIpv6 { .. }
+                    | Op::Create { .. }
+                    | Op::Attach(_)
+                    | Op::Metadata
+                    | Op::Verify
+                    | Op::ReadBack(_)
             )
         });
         let soon = |id: &EniId| {
@@ -439,25 +454,26 @@ impl Pool {
     }
 
     /// The slot is held and not to be handed out: EC2 does not show it, or it is being given back.
-    pub(super) fn is_withheld(&self, eni: &EniId, slot: &ipnet::IpNet) -> bool {
+    pub(super) fn is_withheld(&self, eni: &EniId, slot: &IpNet) -> bool {
         let unseen = self.ledger.unseen.get(eni).is_some_and(|slots| slots.contains_key(slot));
         unseen || self.ledger.releasing.get(eni).is_some_and(|slots| slots.contains(slot))
     }
 
     /// Single addresses that serve nobody, on a node that would rather have prefixes.
     pub(super) fn idle_singles(&self) -> u32 {
-        if self.frame().is_none_or(|frame| frame.mode == Mode::Addresses) {
+        if self.settings.families.is_v6_only() || self.frame().is_none_or(|frame| frame.mode == Mode::Addresses) {
             return 0;
         }
         let held = self.ledger.slots.iter().filter(|(eni, _)| self.serves_pods(eni));
         let singles = held.flat_map(|(eni, slots)| slots.iter().filter(move |slot| !self.is_withheld(eni, slot)));
-        let idle = singles.filter(|slot| pick::size(slot) == 1 && !self.somebody_lives_in(slot));
+        let idle = singles
+            .filter(|slot| matches!(slot, IpNet::V4(_)) && pick::size(slot) == 1 && !self.somebody_lives_in(slot));
         u32::try_from(idle.count()).unwrap_or(0)
     }
 
     /// Slots by ENI, for the view.
     pub(super) fn slot_sizes(&self) -> BTreeMap<EniId, (u32, u32)> {
-        let sizes = |slots: &std::collections::BTreeSet<ipnet::IpNet>| {
+        let sizes = |slots: &std::collections::BTreeSet<IpNet>| {
             let prefixes = slots.iter().filter(|slot| pick::size(slot) > 1).count();
             (u32::try_from(slots.len() - prefixes).unwrap_or(0), u32::try_from(prefixes).unwrap_or(0))
         };

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use super::pods::UNWIRED_GRACE_MS;
 use super::setback::Subject;
 use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, LOOK_SPACING_MS, Note, Op, OpId, Out, Pool};
+use crate::families::EGRESS;
 use crate::ids::{DeviceIndex, MacAddress, Time};
 use crate::ledger::{Allocation, Progress};
 use crate::naming::{host_if_of, mac, seed};
@@ -59,7 +60,8 @@ impl Pool {
         let read_at = self.kernel.read_at;
         // Freed at the very moment of the last look counts as freed after it.
         let since = |freed_at: &Time| read_at.is_none_or(|read_at| read_at <= *freed_at);
-        let left: BTreeSet<IpAddr> = self.ledger.freed.iter().filter(|(_, at)| since(at)).map(|(a, _)| *a).collect();
+        let left = self.ledger.freed.iter().filter(|(_, at)| since(at)).map(|(address, _)| *address);
+        let left: BTreeSet<IpAddr> = left.flat_map(|first| [first].into_iter().chain(self.second_of(&first))).collect();
         Look { pods: self.pods_to_keep(now), left, let_be: self.kernel.contests.let_be(now) }
     }
 
@@ -87,13 +89,12 @@ impl Pool {
                 *held = (youngest, false);
             }
         }
-        let keep = |(link, (allocation, alone)): (String, (&Allocation, bool))| PodPlan {
-            address: allocation.address,
-            link,
-            mac: self.kernel.links.get(&allocation.sandbox).map(|(_, mac)| *mac).unwrap_or(MacAddress([0; 6])),
-            settled: alone && now.since_ms(allocation.at) >= UNWIRED_GRACE_MS,
+        let keep = |(link, (allocation, alone)): (String, (&Allocation, bool))| {
+            let mac = self.kernel.links.get(&allocation.sandbox).map_or(MacAddress([0; 6]), |(_, mac)| *mac);
+            let settled = alone && now.since_ms(allocation.at) >= UNWIRED_GRACE_MS;
+            allocation.addresses().map(move |address| PodPlan { address, link: link.clone(), mac, settled })
         };
-        by_link.into_iter().map(keep).collect()
+        by_link.into_iter().flat_map(keep).collect()
     }
 
     pub(super) fn kernel_answered(
@@ -208,8 +209,12 @@ impl Pool {
     fn sources(&self, eni: &crate::ids::EniId) -> BTreeSet<IpNet> {
         let mut sources = self.ledger.slots.get(eni).cloned().unwrap_or_default();
         for allocation in self.ledger.pods.values().filter(|a| a.eni == *eni) {
-            if pick::slot_of(&sources, &allocation.address).is_none() {
-                sources.insert(IpNet::from(allocation.address));
+            let routed =
+                allocation.addresses().filter(|address| !matches!(address, IpAddr::V4(v4) if EGRESS.contains(v4)));
+            for address in routed {
+                if pick::slot_of(&sources, &address).is_none() {
+                    sources.insert(IpNet::from(address));
+                }
             }
         }
         sources

@@ -11,6 +11,7 @@ mod cloud;
 mod compare;
 mod explain;
 mod grow;
+mod ipv6;
 mod kernel;
 mod leaks;
 mod note;
@@ -28,7 +29,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 pub use explain::{ExplainLine, Explanation, Question};
@@ -198,6 +199,7 @@ enum Op {
     Attach(EniId),
     Settle(EniId),
     Assign { eni: EniId, want: Want },
+    AssignIpv6 { eni: EniId, prefix: Option<Ipv6Net> },
     Reclaim { eni: EniId, slots: BTreeSet<IpNet> },
     Unassign { eni: EniId, slots: BTreeSet<IpNet> },
     Detach(EniId),
@@ -513,6 +515,7 @@ impl Pool {
         self.learn_node(now, out);
         self.advance_enis(now, out);
         self.grow(now, out);
+        self.give_ipv6_prefixes(now, out);
         // What could not be served by growing may be served by an early end of a cool-down.
         self.serve_waiting(now, out);
         self.give_back(now, out);
@@ -527,7 +530,9 @@ impl Pool {
     fn record(&mut self, record: Record, out: &mut Out) {
         if let Record::Released { allocation, .. } = &record {
             // A DEL unwires before it releases; should the route still be there, the next look at the kernel says so.
-            self.kernel.pods.routes.remove(&allocation.address);
+            for address in allocation.addresses() {
+                self.kernel.pods.routes.remove(&address);
+            }
         }
         if let Record::GivenUp { eni, slots, .. } = &record
             && let Some(live) = self.live.get_mut(eni)

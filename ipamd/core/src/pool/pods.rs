@@ -70,6 +70,7 @@ impl Pool {
                 sandbox: sandbox.clone(),
                 pod,
                 address,
+                second: None,
                 eni: eni.id.clone(),
                 device: eni.device,
                 table,

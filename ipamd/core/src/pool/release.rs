@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::compare::list;
+use super::ipv6;
 use super::setback::Subject;
 use super::{Note, Op, Out, Pool};
 use crate::ids::{DeviceIndex, EniId, Time};
@@ -149,7 +150,7 @@ impl Pool {
             let live = self.live.get(&eni.id)?;
             let unseen = self.ledger.unseen.get(&eni.id);
             let held = self.ledger.slots.get(&eni.id).into_iter().flatten();
-            let slots = held.map(|slot| SlotUse {
+            let slots = held.filter(|slot| self.settings.families.picks_from(slot)).map(|slot| SlotUse {
                 slot: *slot,
                 idle_ms: self.idle_ms(slot, live.gained.get(slot).copied().unwrap_or(live.since), now),
             });
@@ -315,6 +316,17 @@ impl Pool {
     pub(super) fn reclaim(&mut self, eni: &EniId, slots: BTreeSet<IpNet>, now: Time, out: &mut Out) {
         let busy = self.is_changing(eni);
         let rests = self.rests(&Subject::Lost(eni.clone()));
+        let v6 = slots.iter().find_map(|slot| match slot {
+            IpNet::V6(net) => Some(*net),
+            IpNet::V4(_) => None,
+        });
+        if let Some(prefix) = v6 {
+            if !busy && !rests && self.may_change() && self.may_call(ipv6::ASSIGN, now) {
+                let request = CloudRequest::AssignIpv6Prefix { eni: eni.clone(), prefix: v6 };
+                self.start(Op::AssignIpv6 { eni: eni.clone(), prefix: Some(prefix) }, request, now, out);
+            }
+            return;
+        }
         if busy || rests || !self.may_change() || !self.may_call("AssignPrivateIpAddresses", now) {
             return;
         }

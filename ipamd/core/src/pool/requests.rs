@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{Answer, DEFAULT_PATIENCE_MS, Failure, MAX_WAITING, Note, Out, Pool, Reason, RequestId, Waiter};
+use crate::families::Families;
 use crate::ids::{DeviceIndex, EniId, PodName, SandboxId, Time};
 use crate::ledger::{Allocation, Record};
 use crate::pick::{self, Candidate, Occupancy, Pick};
@@ -105,6 +106,7 @@ impl Pool {
                 sandbox: waiter.sandbox,
                 pod: waiter.pod,
                 address: pick.address,
+                second: self.second(&pick.eni, pick.address),
                 eni: pick.eni,
                 device: eni.device,
                 table: eni.table(),
@@ -155,7 +157,8 @@ impl Pool {
     /// Addresses of sandboxes, and addresses the kernel still routes to a pod although no sandbox is known.
     pub(super) fn in_use(&self) -> BTreeSet<IpAddr> {
         let wired = self.kernel.pods.routes.iter().copied();
-        self.ledger.pods.values().map(|a| a.address).chain(wired).collect()
+        let as_second = self.kernel.pods.routes.iter().flat_map(|address| self.firsts_of(*address));
+        self.ledger.pods.values().map(|a| a.address).chain(wired).chain(as_second).collect()
     }
 
     /// Slots that may be picked from: confirmed by EC2, not missing there now, on an ENI whose routes stand.
@@ -170,7 +173,14 @@ impl Pool {
             // Packets of pods on the primary need no steering: main is where they go.
             let steered = |slot: &IpNet| eni.device == DeviceIndex::PRIMARY || live.told.contains(slot);
             let usable = |slot: &IpNet| !live.doubted.contains(slot) && !self.is_withheld(id, slot);
-            for slot in slots.filter(|slot| steered(slot) && usable(slot)) {
+            // Where pods have both families they live on ENIs that have both.
+            let lacks_ipv6 = self.settings.families == Families::Dual
+                && !self.ipv6_prefix(id).map(IpNet::V6).is_some_and(|slot| steered(&slot) && usable(&slot));
+            if lacks_ipv6 {
+                continue;
+            }
+            let picked_from = |slot: &&IpNet| self.settings.families.picks_from(slot);
+            for slot in slots.filter(picked_from).filter(|slot| steered(slot) && usable(slot)) {
                 candidates.push(Candidate {
                     slot: *slot,
                     eni: id.clone(),

@@ -22,6 +22,8 @@ pub enum Subject {
     SubnetPrefixes(SubnetId),
     /// The security groups of one ENI.
     Groups(EniId),
+    /// The /80 of one ENI.
+    Ipv6(EniId),
     /// Giving an ENI back what it lost under a pod.
     Lost(EniId),
     Kernel,

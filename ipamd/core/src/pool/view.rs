@@ -239,7 +239,10 @@ impl Pool {
             );
             return Failure::retryable(Reason::Attaching, message);
         }
-        let asked = self.ops.values().find(|(op, _)| matches!(op, Op::Assign { .. } | Op::Create { .. }));
+        let asked = self
+            .ops
+            .values()
+            .find(|(op, _)| matches!(op, Op::Assign { .. } | Op::AssignIpv6 { .. } | Op::Create { .. }));
         if let Some((_, since)) = asked {
             let message = format!(
                 "EC2 was asked for more addresses {} ago and has not answered (waited {waited})",

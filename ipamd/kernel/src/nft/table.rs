@@ -8,7 +8,7 @@ use sha1::{Digest, Sha1};
 
 use super::expression::Rule;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     Ip,
     Ip6,

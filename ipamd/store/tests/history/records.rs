@@ -120,11 +120,13 @@ fn eni_record() -> impl Strategy<Value = EniRecord> {
 fn allocation() -> impl Strategy<Value = Allocation> {
     let sandbox = (text(), select(vec!["c1", "c2", "c3", "c4", ""]), select(vec!["eth0", "eth0", "net1"]));
     let address = select(ADDRESSES.to_vec());
-    (sandbox, text(), text(), address, eni(), 0u32..4, time()).prop_map(
-        |((network, container_id, if_name), namespace, name, address, eni, device, at)| Allocation {
+    let second = prop::option::of(select(vec!["2600:1f13:0:1:2:0:a00:1", "169.254.172.9"]));
+    (sandbox, text(), text(), (address, second), eni(), 0u32..4, time()).prop_map(
+        |((network, container_id, if_name), namespace, name, (address, second), eni, device, at)| Allocation {
             sandbox: SandboxId { network, container_id: container_id.to_owned(), if_name: if_name.to_owned() },
             pod: PodName { namespace, name },
             address: address.parse().unwrap(),
+            second: second.map(|text| text.parse().unwrap()),
             eni,
             device: DeviceIndex(device),
             table: flatwire_core::ids::RouteTable::of_eni(0, DeviceIndex(device)),
@@ -139,11 +141,12 @@ fn token() -> impl Strategy<Value = String> {
 
 fn creation() -> impl Strategy<Value = Creation> {
     let want = prop_oneof![(0u32..20).prop_map(Want::Addresses), (0u32..20).prop_map(Want::Prefixes)];
-    (token(), subnet(), want, prop::collection::vec(group(), 0..3), tags(), time()).prop_map(
-        |(token, subnet, want, security_groups, tags, since)| Creation {
+    (token(), subnet(), (want, any::<bool>()), prop::collection::vec(group(), 0..3), tags(), time()).prop_map(
+        |(token, subnet, (want, ipv6_prefix), security_groups, tags, since)| Creation {
             token,
             subnet,
             want,
+            ipv6_prefix,
             security_groups,
             tags,
             since,

@@ -285,6 +285,7 @@ impl Daemon<'_> {
             subnet: primary.subnet.clone(),
             security_groups: primary.security_groups.clone(),
             want: if self.prefixes { Want::Prefixes(WARM) } else { Want::Addresses(self.slots) },
+            ipv6_prefix: false,
             description: format!("aws-K8S-{}", self.aws.instance),
             tags: BTreeMap::new(),
             // The add-on sends none: every call makes an ENI of its own.

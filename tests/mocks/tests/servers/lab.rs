@@ -103,6 +103,7 @@ impl Lab {
             subnet: self.place.subnet.clone(),
             security_groups: vec![self.place.group.clone()],
             want,
+            ipv6_prefix: false,
             description: "test".to_owned(),
             tags: BTreeMap::new(),
             client_token: token.to_owned(),

@@ -1,10 +1,11 @@
 //! The pool in a small world: an EC2 that answers at once, a kernel that does as told, a ledger that remembers.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+mod families;
 mod giving_back;
 mod growing;
 mod healing;
@@ -140,8 +141,13 @@ impl World {
     }
 
     fn pods_seen(&self) -> PodsSeen {
-        let wired =
-            self.pool.ledger().pods.values().filter(|a| !self.unplugged.contains(&a.sandbox)).map(|a| a.address);
+        let wired = self
+            .pool
+            .ledger()
+            .pods
+            .values()
+            .filter(|a| !self.unplugged.contains(&a.sandbox))
+            .flat_map(Allocation::addresses);
         PodsSeen { routes: self.pod_routes.iter().copied().chain(wired).collect(), links: BTreeSet::new() }
     }
 
@@ -188,7 +194,7 @@ impl World {
                 CloudReply::Enis(self.enis.values().filter(|e| e.attachment.is_none()).cloned().collect())
             }
             CloudRequest::DescribeEni { eni } => CloudReply::Eni(self.enis[&eni].clone()),
-            CloudRequest::CreateEni { subnet, want, client_token, tags, description, security_groups } => {
+            CloudRequest::CreateEni { subnet, want, ipv6_prefix, client_token, tags, description, security_groups } => {
                 let id = EniId::new(format!("eni-{}", client_token.replace("fw-", ""))).unwrap();
                 if !self.enis.contains_key(&id) {
                     let n = u8::try_from(self.enis.len()).unwrap();
@@ -210,6 +216,9 @@ impl World {
                     };
                     self.enis.insert(id.clone(), view);
                     self.give(&id, want);
+                    if ipv6_prefix {
+                        self.give_ipv6(&id, None);
+                    }
                 }
                 CloudReply::Created(self.enis[&id].clone())
             }
@@ -221,6 +230,7 @@ impl World {
                 CloudReply::Attached { attachment }
             }
             CloudRequest::Assign { eni, want } => CloudReply::Assigned(self.give(&eni, want)),
+            CloudRequest::AssignIpv6Prefix { eni, prefix } => CloudReply::Assigned(self.give_ipv6(&eni, prefix)),
             CloudRequest::DeleteEni { eni } => {
                 self.enis.remove(&eni);
                 CloudReply::Done
@@ -264,6 +274,15 @@ impl World {
         }
         self.enis.get_mut(eni).unwrap().slots.extend(new.iter().copied());
         new
+    }
+
+    fn give_ipv6(&mut self, eni: &EniId, prefix: Option<Ipv6Net>) -> BTreeSet<IpNet> {
+        let number = u16::try_from(self.next_host & 0xffff).unwrap();
+        self.next_host += 1;
+        let any = || Ipv6Net::new(Ipv6Addr::new(0x2600, 0x1f13, 0, 1, number, 0, 0, 0), 80).unwrap();
+        let slot = IpNet::V6(prefix.unwrap_or_else(any));
+        self.enis.get_mut(eni).unwrap().slots.insert(slot);
+        BTreeSet::from([slot])
     }
 
     fn metadata(&self) -> Metadata {
