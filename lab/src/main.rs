@@ -1,7 +1,7 @@
 //! The command line of the lab. Each command is one function; what they do is in the library.
 
 use std::io::IsTerminal as _;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -125,8 +125,8 @@ enum Verb {
 #[derive(Subcommand)]
 enum TrafficVerb {
     Echo,
-    Ping { target: Ipv4Addr },
-    Stream { target: Ipv4Addr },
+    Ping { target: IpAddr },
+    Stream { target: IpAddr },
 }
 
 #[derive(Args)]

@@ -159,13 +159,15 @@ pub fn call(place: &Place, from: &str, targets: &[SocketAddr]) -> Result<Vec<Cal
         .map_err(|source| Error::refused(format!("call from {from}: {source}")))
 }
 
-struct Pinger {
+/// Echoes of one process to one target.
+pub(crate) struct Pinger {
     socket: Socket,
     identifier: [u8; 2],
     kinds: Kinds,
 }
 
 /// What the two families differ in.
+#[derive(Debug, Clone, Copy)]
 struct Kinds {
     request: u8,
     reply: u8,
@@ -174,7 +176,7 @@ struct Kinds {
 }
 
 impl Pinger {
-    fn open(target: IpAddr) -> io::Result<Self> {
+    pub(crate) fn open(target: IpAddr) -> io::Result<Self> {
         let (domain, protocol, kinds) = match target {
             IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, Kinds { request: 8, reply: 0, header_bytes: 20 }),
             IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, Kinds { request: 128, reply: 129, header_bytes: 0 }),
@@ -196,28 +198,38 @@ impl Pinger {
     }
 
     fn echo(&self, sequence: u16) -> Option<Duration> {
+        let start = Instant::now();
+        self.send(sequence).ok()?;
+        loop {
+            let left = PATIENCE.checked_sub(start.elapsed()).filter(|left| !left.is_zero())?;
+            self.socket.set_read_timeout(Some(left)).ok()?;
+            if self.receive().ok()? == Some(sequence) {
+                return Some(start.elapsed());
+            }
+        }
+    }
+
+    pub(crate) fn send(&self, sequence: u16) -> io::Result<()> {
         let [high, low] = sequence.to_be_bytes();
         let mut request = [self.kinds.request, 0, 0, 0, self.identifier[0], self.identifier[1], high, low, 0, 0, 0, 0];
         // Over IPv6 the kernel puts the right one in: it covers the addresses, too.
         let sum = checksum(&request).to_be_bytes();
         request[2..4].copy_from_slice(&sum);
-        let start = Instant::now();
-        self.socket.send(&request).ok()?;
-        loop {
-            let left = PATIENCE.checked_sub(start.elapsed()).filter(|left| !left.is_zero())?;
-            self.socket.set_read_timeout(Some(left)).ok()?;
-            let mut packet = [0; 128];
-            let length = (&self.socket).read(&mut packet).ok()?;
-            // Everything of the protocol that arrives from the target.
-            let message = packet.get(self.kinds.header_bytes..length)?;
-            if message.first() == Some(&self.kinds.reply) && message.get(4..8) == request.get(4..8) {
-                return Some(start.elapsed());
-            }
-        }
+        self.socket.send(&request).map(drop)
+    }
+
+    /// Waits for the next packet of the protocol from the target; the number of the echo it answers, if it is one.
+    pub(crate) fn receive(&self) -> io::Result<Option<u16>> {
+        let mut packet = [0; 128];
+        let length = (&self.socket).read(&mut packet)?;
+        let message = packet.get(self.kinds.header_bytes..length).unwrap_or_default();
+        let &[kind, _, _, _, id_high, id_low, high, low, ..] = message else { return Ok(None) };
+        let answers = kind == self.kinds.reply && [id_high, id_low] == self.identifier;
+        Ok(answers.then(|| u16::from_be_bytes([high, low])))
     }
 }
 
-pub(crate) fn checksum(bytes: &[u8]) -> u16 {
+fn checksum(bytes: &[u8]) -> u16 {
     let mut sum: u32 =
         bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |b| u32::from(*b))).sum();
     while sum > 0xffff {

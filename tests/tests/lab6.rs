@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 use std::net::{IpAddr, Ipv6Addr};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use flatwire_tests::binary;
@@ -321,6 +322,30 @@ fn a_machine_comes_with_its_address_and_the_router_and_waits_for_neither() {
     }
     assert_eq!(seen(&mut lab, "node-1", "node-2"), Some(inside.into()), "by its own ENI");
     assert_eq!(heard(&mut lab, "node-2", &inside.to_string()), ALL);
+}
+
+#[test]
+fn steady_traffic_is_counted_over_ipv6() {
+    let mut lab = start(&spec());
+    let to = node(&mut lab, "node-2").ipv6.unwrap();
+    let program = binary("lab").display().to_string();
+    let mut echo = Command::new(&program)
+        .args(["exec", "--name", lab.name(), "node-2", "--", &program, "__traffic", "echo"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    for kind in ["ping", "stream"] {
+        // Asked again and again until something has come back; a stream may have to wait for the echo to be there.
+        let script = format!(
+            "for try in {{1..100}}; do \
+               for ask in {{1..40}}; do echo; sleep 0.05; done | {program} __traffic {kind} {to} | \
+                 grep -m 1 '\"back\":[1-9].*\"broken\":false' && exit 0; sleep 0.05; done; exit 1"
+        );
+        lab.run("node-1", &["bash", "-c", &script]).unwrap();
+    }
+    drop(echo.stdin.take());
+    assert!(echo.wait().unwrap().success());
 }
 
 #[test]
