@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read as _;
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -115,7 +115,13 @@ impl Lab {
 
     pub fn probe(&mut self, from: &str, to: &[&str]) -> Result<Vec<Probe>> {
         let to = to.iter().map(|name| (*name).to_owned()).collect();
-        self.ask(&Request::Probe { from: from.to_owned(), to })
+        self.ask(&Request::Probe { from: from.to_owned(), to, ipv6: false })
+    }
+
+    /// As `probe`, to the places' IPv6 addresses.
+    pub fn probe6(&mut self, from: &str, to: &[&str]) -> Result<Vec<Probe>> {
+        let to = to.iter().map(|name| (*name).to_owned()).collect();
+        self.ask(&Request::Probe { from: from.to_owned(), to, ipv6: true })
     }
 
     pub fn pod_add(&mut self, node: &str, name: &str) -> Result<PodInfo> {
@@ -132,7 +138,7 @@ impl Lab {
     }
 
     /// Calls the reflectors behind these addresses and ports.
-    pub fn call(&mut self, from: &str, to: &[SocketAddrV4]) -> Result<Vec<Called>> {
+    pub fn call(&mut self, from: &str, to: &[SocketAddr]) -> Result<Vec<Called>> {
         self.ask(&Request::Call { from: from.to_owned(), to: to.to_vec() })
     }
 

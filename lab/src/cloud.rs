@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use flatwire_core::ids::{InstanceId, SubnetId, Time, VpcId};
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use lab_ec2::{ApiError, Ec2, Options, RunInstance, View, wall_clock};
 
 use crate::api::Credentials;
@@ -27,6 +27,8 @@ pub struct Cloud {
     pub vpc: VpcId,
     pub peer_vpc: VpcId,
     pub credentials: Credentials,
+    /// Addresses of IPv6 that a machine is launched with.
+    ipv6_addresses: u32,
     subnets: Vec<SubnetId>,
     peer_subnet: SubnetId,
 }
@@ -42,15 +44,23 @@ impl Cloud {
         let now = wall_clock();
         let vpc = ec2.create_vpc(now, VPC, "lab").map_err(refused)?;
         ec2.create_internet_gateway(now, &vpc).map_err(refused)?;
+        let mut blocks = blocks(&ec2, spec, &vpc)?;
         let mut subnets = Vec::new();
         for (cidr, zone) in SUBNETS {
             let zone = format!("{}{zone}", spec.region);
             let tags = BTreeMap::from([("Name".to_owned(), format!("lab-{zone}"))]);
-            subnets.push(ec2.create_subnet(now, &vpc, cidr, Some(&zone), tags).map_err(refused)?);
+            let subnet = ec2.create_subnet(now, &vpc, cidr, Some(&zone), tags).map_err(refused)?;
+            if let Some(block) = blocks.next() {
+                ec2.give_subnet_ipv6(now, &subnet, block).map_err(refused)?;
+            }
+            subnets.push(subnet);
         }
         let peer_vpc = ec2.create_vpc(now, PEER_VPC, "peer").map_err(refused)?;
         let tags = BTreeMap::from([("Name".to_owned(), "peer".to_owned())]);
         let peer_subnet = ec2.create_subnet(now, &peer_vpc, PEER_SUBNET, None, tags).map_err(refused)?;
+        if let Some(block) = self::blocks(&ec2, spec, &peer_vpc)?.next() {
+            ec2.give_subnet_ipv6(now, &peer_subnet, block).map_err(refused)?;
+        }
         ec2.peer_vpcs(now, &vpc, &peer_vpc).map_err(refused)?;
         // Who wants groups that keep somebody out makes them.
         for vpc in [&vpc, &peer_vpc] {
@@ -58,15 +68,23 @@ impl Cloud {
         }
         let admin = ec2.admin();
         let credentials = Credentials { access_key_id: admin.access_key, secret_access_key: admin.secret };
-        Ok(Self { ec2: Arc::new(ec2), vpc, peer_vpc, credentials, subnets, peer_subnet })
+        let ipv6_addresses = u32::from(spec.ipv6);
+        Ok(Self { ec2: Arc::new(ec2), vpc, peer_vpc, credentials, ipv6_addresses, subnets, peer_subnet })
     }
 
     /// A node with a public address, in the zone whose turn it is.
     pub fn launch_node(&self, name: &str, spec: &NodeSpec, turn: usize) -> Result<InstanceId> {
+        if spec.ipv6_prefixes > 0 && self.ipv6_addresses == 0 {
+            return Err(Error::refused(format!(
+                "{name} is to have /80s, and this lab has no IPv6; start it with --ipv6"
+            )));
+        }
         let subnet = self.subnets.get(turn % self.subnets.len()).expect("invariant: a remainder is in range");
         let run = RunInstance {
             name: name.to_owned(),
             ipv4_prefix_count: spec.prefixes,
+            ipv6_address_count: self.ipv6_addresses,
+            ipv6_prefix_count: spec.ipv6_prefixes,
             public_ip: true,
             ..RunInstance::new(spec.instance_type.as_str(), subnet.clone())
         };
@@ -74,7 +92,11 @@ impl Cloud {
     }
 
     pub fn launch_peer(&self, name: &str) -> Result<InstanceId> {
-        let run = RunInstance { name: name.to_owned(), ..RunInstance::new(PEER_TYPE, self.peer_subnet.clone()) };
+        let run = RunInstance {
+            name: name.to_owned(),
+            ipv6_address_count: self.ipv6_addresses,
+            ..RunInstance::new(PEER_TYPE, self.peer_subnet.clone())
+        };
         self.ec2.run_instance(self.now(), &run).map_err(refused)
     }
 
@@ -119,6 +141,12 @@ impl Cloud {
     pub fn imds(&self, identify: impl Fn(SocketAddr) -> Option<InstanceId> + Send + Sync + 'static) -> axum::Router {
         lab_ec2::imds_router(Arc::clone(&self.ec2), wall_clock, Arc::new(identify))
     }
+}
+
+/// Gives the VPC its IPv6 block if the lab is to have IPv6; the /64s of it, in order.
+fn blocks(ec2: &Ec2, spec: &Spec, vpc: &VpcId) -> Result<impl Iterator<Item = Ipv6Net> + use<>> {
+    let block = spec.ipv6.then(|| ec2.give_vpc_ipv6(wall_clock(), vpc)).transpose().map_err(refused)?;
+    Ok(block.into_iter().flat_map(|block| block.subnets(64)).flatten())
 }
 
 fn refused(error: ApiError) -> Error {

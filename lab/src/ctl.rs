@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 pub use lab_ec2::Delays;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,9 @@ pub struct Spec {
     pub region: String,
     pub seed: u64,
     pub delays: Delays,
+    /// Both VPCs have an IPv6 block, their subnets a /64 of it, and their machines an address.
+    #[serde(default)]
+    pub ipv6: bool,
     /// Where `ipamd` and `aws-cni` are; beside the lab's own program if not given.
     pub bin_dir: Option<PathBuf>,
     /// Where the nodes' files (ledger, logs, CNI configuration) are kept; in memory, gone with the lab, if not given.
@@ -41,6 +44,7 @@ impl Default for Spec {
             region: "eu-central-1".into(),
             seed: 1,
             delays: QUICK,
+            ipv6: false,
             bin_dir: None,
             keep: None,
             env: BTreeMap::new(),
@@ -60,11 +64,14 @@ pub const QUICK: Delays = Delays {
     imds_lag_ms: 300,
 };
 
-/// One machine: its type and the /28s its primary ENI is launched with, written `m5.large:1`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// One machine: its type and the prefixes its primary ENI is launched with, /28s and, after a second colon, /80s:
+/// `m5.large:1`, `m5.large:0:1`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeSpec {
     pub instance_type: String,
     pub prefixes: u32,
+    #[serde(default)]
+    pub ipv6_prefixes: u32,
     /// For this node's ipamd only.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
@@ -73,19 +80,19 @@ pub struct NodeSpec {
 impl std::str::FromStr for NodeSpec {
     type Err = Error;
     fn from_str(text: &str) -> Result<Self> {
-        let (instance_type, prefixes) = match text.split_once(':') {
-            None => (text, 0),
-            Some((instance_type, count)) => (
-                instance_type,
-                count
-                    .parse()
-                    .map_err(|_| Error::refused(format!("{text:?}: {count:?} is not a number of prefixes")))?,
-            ),
-        };
+        let mut parts = text.splitn(3, ':');
+        let instance_type = parts.next().unwrap_or_default().to_owned();
         if instance_type.is_empty() {
             return Err(Error::refused(format!("{text:?} names no instance type")));
         }
-        Ok(Self { instance_type: instance_type.to_owned(), prefixes, env: BTreeMap::new() })
+        let mut count = || match parts.next() {
+            None => Ok(0),
+            Some(count) => {
+                count.parse().map_err(|_| Error::refused(format!("{text:?}: {count:?} is not a number of prefixes")))
+            }
+        };
+        let (prefixes, ipv6_prefixes) = (count()?, count()?);
+        Ok(Self { instance_type, prefixes, ipv6_prefixes, env: BTreeMap::new() })
     }
 }
 
@@ -135,15 +142,17 @@ pub enum Request {
     },
     Pods,
     /// From one place to several, or to bare addresses: ICMP echo for the time, UDP and TCP for the source the far side
-    /// saw.
+    /// saw. Places are asked by IPv4 where they have it, unless IPv6 is wanted.
     Probe {
         from: String,
         to: Vec<String>,
+        #[serde(default)]
+        ipv6: bool,
     },
     /// From one place to reflectors behind any address and port, several packets each way.
     Call {
         from: String,
-        to: Vec<SocketAddrV4>,
+        to: Vec<SocketAddr>,
     },
     Down,
 }
@@ -176,6 +185,7 @@ pub struct Info {
     pub vpc: VpcInfo,
     pub peer: VpcInfo,
     pub internet_server: Ipv4Addr,
+    pub internet_server6: Ipv6Addr,
     /// The ipamd that nodes run, which is also the operator's command line.
     pub ipamd: Option<PathBuf>,
     pub nodes: Vec<NodeInfo>,
@@ -185,6 +195,7 @@ pub struct Info {
 pub struct VpcInfo {
     pub id: String,
     pub cidrs: Vec<Ipv4Net>,
+    pub ipv6: Option<Ipv6Net>,
     pub subnets: Vec<SubnetInfo>,
 }
 
@@ -192,6 +203,7 @@ pub struct VpcInfo {
 pub struct SubnetInfo {
     pub id: String,
     pub cidr: Ipv4Net,
+    pub ipv6: Option<Ipv6Net>,
     pub availability_zone: String,
     pub free_addresses: u32,
 }
@@ -205,6 +217,8 @@ pub struct NodeInfo {
     /// Address of the primary ENI, and its public address if it has one.
     pub address: Option<Ipv4Addr>,
     pub public: Option<Ipv4Addr>,
+    /// IPv6 address of the primary ENI, if it has one.
+    pub ipv6: Option<Ipv6Addr>,
     pub enis: Vec<EniInfo>,
     /// "serving", "starting", "stopped", or "none" for a machine without ipamd.
     pub daemon: String,
@@ -222,6 +236,8 @@ pub struct EniInfo {
     pub primary: Ipv4Addr,
     pub secondary: Vec<Ipv4Addr>,
     pub prefixes: Vec<Ipv4Net>,
+    pub ipv6: Vec<Ipv6Addr>,
+    pub ipv6_prefixes: Vec<Ipv6Net>,
     pub status: String,
     /// Name of its link on the node, once it has appeared.
     pub link: Option<String>,
@@ -233,10 +249,20 @@ pub struct EniInfo {
 pub struct PodInfo {
     pub node: String,
     pub name: String,
-    pub address: Ipv4Addr,
+    /// The first of `addresses`.
+    pub address: IpAddr,
+    /// In the plugin's order.
+    pub addresses: Vec<IpAddr>,
     pub netns: String,
     /// How long the plugin took, in milliseconds.
     pub add_ms: f64,
+}
+
+impl PodInfo {
+    /// Its IPv4 address, if it has one.
+    pub fn ipv4(&self) -> Option<Ipv4Addr> {
+        self.addresses.iter().find_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None })
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -273,20 +299,20 @@ pub struct Entrance {
 pub struct Probe {
     pub from: String,
     pub to: String,
-    pub target: Ipv4Addr,
+    pub target: IpAddr,
     /// Time of an ICMP echo, in microseconds; none came back if absent.
     pub rtt_us: Option<u64>,
     /// The source address the far side saw over UDP; nothing came back if absent.
-    pub seen: Option<Ipv4Addr>,
+    pub seen: Option<IpAddr>,
     /// Likewise over TCP.
-    pub seen_tcp: Option<Ipv4Addr>,
+    pub seen_tcp: Option<IpAddr>,
 }
 
 /// Whom the far side saw, over each protocol; absent if no answer came, or not each time the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Called {
-    pub udp: Option<Ipv4Addr>,
-    pub tcp: Option<Ipv4Addr>,
+    pub udp: Option<IpAddr>,
+    pub tcp: Option<IpAddr>,
 }
 
 /// A connection to a running lab.
@@ -339,6 +365,9 @@ mod tests {
         let node: NodeSpec = "m5.large:2".parse().unwrap();
         assert_eq!((node.instance_type.as_str(), node.prefixes), ("m5.large", 2));
         assert_eq!("t3.medium".parse::<NodeSpec>().unwrap().prefixes, 0);
+        let both: NodeSpec = "m5.large:1:3".parse().unwrap();
+        assert_eq!((both.prefixes, both.ipv6_prefixes), (1, 3));
+        assert!("m5.large:1:1:1".parse::<NodeSpec>().is_err());
         assert!("m5.large:x".parse::<NodeSpec>().is_err());
         assert!(":1".parse::<NodeSpec>().is_err());
     }

@@ -5,10 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use lab_ec2::View;
 use serde_json::Value;
 
@@ -68,7 +69,7 @@ struct Pair {
     kind: Kind,
     from: String,
     to: String,
-    expected: Ipv4Addr,
+    expected: IpAddr,
     probe: Probe,
 }
 
@@ -80,12 +81,12 @@ impl Pair {
 
     /// Somebody answered, and saw another source than the true one, on a path where nothing may be translated.
     fn is_translated(&self) -> bool {
-        let other = |seen: Option<Ipv4Addr>| seen.is_some_and(|source| source != self.expected);
+        let other = |seen: Option<IpAddr>| seen.is_some_and(|source| source != self.expected);
         self.kind != Kind::PodToInternet && (other(self.probe.seen) || other(self.probe.seen_tcp))
     }
 
     fn describe(&self) -> String {
-        let say = |seen: Option<Ipv4Addr>| seen.map_or("nothing".into(), |source| source.to_string());
+        let say = |seen: Option<IpAddr>| seen.map_or("nothing".into(), |source| source.to_string());
         format!(
             "{} → {} ({}): echo {}, udp saw {}, tcp saw {}, expected {}",
             self.from,
@@ -257,7 +258,8 @@ fn check_spread(stage: &mut Stage, view: &View, info: &Info, pods: &[PodInfo]) {
         if let Some(eni) = eni {
             stage.check(eni.primary_ipv4 != pod.address, || format!("{} is {}'s own address", pod.address, eni.id));
             enis.insert(eni.id.clone());
-            prefixes.extend(eni.prefixes.iter().filter(|prefix| prefix.contains(&pod.address)).copied());
+            let prefix = |net: &IpNet| net.prefix_len() < net.max_prefix_len() && net.contains(&pod.address);
+            prefixes.extend(eni.nets().filter(prefix));
         }
     }
     stage.say(&format!("{} pods on {} ENIs and in {} prefixes", pods.len(), enis.len(), prefixes.len()));
@@ -281,13 +283,13 @@ fn matrix(
     let mut pairs = Vec::new();
     let mut take = |from: &str,
                     kind_of: &dyn Fn(&str) -> Kind,
-                    expected: &dyn Fn(Kind) -> Option<Ipv4Addr>,
+                    expected: &dyn Fn(Kind) -> Option<IpAddr>,
                     to: Vec<&str>|
      -> Result<()> {
         for probe in lab.probe(from, &to)? {
             let kind = kind_of(&probe.to);
             // Without an expectation nothing can be right.
-            let expected = expected(kind).unwrap_or(Ipv4Addr::UNSPECIFIED);
+            let expected = expected(kind).unwrap_or(Ipv4Addr::UNSPECIFIED.into());
             pairs.push(Pair { kind, from: from.to_owned(), to: probe.to.clone(), expected, probe });
         }
         Ok(())
@@ -302,13 +304,16 @@ fn matrix(
             ("peer", _) => Kind::PodToPeer,
             _ => Kind::PodToNode,
         };
-        let expected = |kind| if kind == Kind::PodToInternet { public(&pod.node) } else { Some(pod.address) };
+        let expected = |kind| match kind {
+            Kind::PodToInternet => public(&pod.node).map(IpAddr::from),
+            _ => Some(pod.address),
+        };
         let others = by_name.keys().map(String::as_str).filter(|to| *to != from);
         let to = others.chain(nodes.iter().map(String::as_str)).chain(["peer", "internet"]).collect();
         take(&from, &kind_of, &expected, to)?;
     }
     for (from, kind) in nodes.iter().map(|node| (node.as_str(), Kind::NodeToPod)).chain([("peer", Kind::PeerToPod)]) {
-        take(from, &|_| kind, &|_| primary(from), by_name.keys().map(String::as_str).collect())?;
+        take(from, &|_| kind, &|_| primary(from).map(IpAddr::from), by_name.keys().map(String::as_str).collect())?;
     }
     Ok(pairs)
 }
@@ -350,7 +355,7 @@ fn micros(us: u64) -> Option<f64> {
 
 /// Takes one pod's address away through the API, and gives it back: exactly that pod's traffic stops, and resumes.
 fn truth(lab: &mut Lab, stage: &mut Stage, view: &View, pods: &[PodInfo]) -> Result<()> {
-    let held = |pod: &PodInfo| view.enis.iter().find(|eni| eni.secondary.contains(&pod.address));
+    let held = |pod: &PodInfo| view.enis.iter().find(|eni| pod.ipv4().is_some_and(|own| eni.secondary.contains(&own)));
     // A pod with an address of its own (one inside a prefix cannot be taken away alone), on a secondary ENI if
     // possible.
     let secondary = pods.iter().rev().find(|pod| held(pod).is_some_and(|eni| eni.public.is_empty()));
@@ -487,11 +492,11 @@ mod tests {
     use super::*;
 
     fn pair(kind: Kind, expected: [u8; 4], seen: Option<[u8; 4]>) -> Pair {
-        let seen = seen.map(Ipv4Addr::from);
+        let seen = seen.map(IpAddr::from);
         let probe = Probe {
             from: "a".into(),
             to: "b".into(),
-            target: Ipv4Addr::LOCALHOST,
+            target: Ipv4Addr::LOCALHOST.into(),
             rtt_us: Some(10),
             seen,
             seen_tcp: seen,

@@ -6,18 +6,18 @@
 //! link is there, and takes from an ENI only what carries a source assigned to it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use flatwire_core::ids::{EniId, InstanceId, MacAddress, RouteTable, VpcId};
 use flatwire_kernel::{Netlink, Netns, Route, VethEnd};
-use ipnet::{IpNet, Ipv4Net};
-use lab_ec2::{EniInfo, InstanceState, View};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use lab_ec2::{EniInfo, InstanceState, SubnetInfo, View, VpcView};
 
 use crate::error::{Error, Result};
 use crate::firewall::{self, Firewall};
 use crate::guard::Guard;
-use crate::ns::{Place, sysctl};
+use crate::ns::{Place, has_ipv6, sysctl};
 
 /// Inside a VPC packets may be this large; on the way to the internet only `EDGE_MTU`.
 pub const VPC_MTU: u32 = 9001;
@@ -30,37 +30,47 @@ pub const EC2_INSIDE: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 250);
 /// A server on the internet (TEST-NET-1, RFC 5737; the other two hold the account's public addresses).
 pub const INTERNET_SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 
-/// The two ends of a link between routers. Nobody asks for them: neighbours there are permanent.
-const TRANSIT: [(Ipv4Addr, MacAddress); 2] = [
-    (Ipv4Addr::new(169, 254, 255, 1), MacAddress([0x02, 0, 0, 0, 0xff, 1])),
-    (Ipv4Addr::new(169, 254, 255, 2), MacAddress([0x02, 0, 0, 0, 0xff, 2])),
+/// The same server over IPv6 (RFC 9637; the account's own IPv6 is of RFC 3849's range).
+pub const INTERNET_SERVER6: Ipv6Addr = Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 0x10);
+/// The VPC's router on every ENI's link, as EC2 has it.
+pub const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0xec2, 0, 0, 0, 0, 0, 1);
+
+/// The two ends of a link between routers.
+const TRANSIT: [Far; 2] = [
+    Far { ipv4: Ipv4Addr::new(169, 254, 255, 1), mac: MacAddress([0x02, 0, 0, 0, 0xff, 1]) },
+    Far { ipv4: Ipv4Addr::new(169, 254, 255, 2), mac: MacAddress([0x02, 0, 0, 0, 0xff, 2]) },
 ];
 
-/// The protocol number of routes that a DHCP client makes (RTPROT_DHCP).
+/// The protocol numbers of routes that a DHCP client makes (RTPROT_DHCP), and that a router advertises (RTPROT_RA).
 const DHCP: u8 = 16;
+const ADVERTISED: u8 = 9;
 
 const EDGE_LINK: &str = "igw";
 const MAIN: u32 = RouteTable::MAIN.0;
-const ANYWHERE: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0);
-const LINK_LOCAL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16);
+const ANYWHERE: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0));
+const ANYWHERE6: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0));
+/// Of IPv4; what is local to a link in IPv6 no kernel forwards.
+const LINK_LOCAL: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16));
 
 /// What the fabric should look like.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
     pub routers: BTreeMap<VpcId, RouterPlan>,
-    /// Public addresses, each with the VPC it leads to.
-    pub public: BTreeMap<Ipv4Addr, VpcId>,
+    /// What the internet can reach, each with the VPC it leads to: public addresses, and blocks of IPv6.
+    pub public: BTreeMap<IpNet, VpcId>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RouterPlan {
     /// Addresses the router answers to itself: the gateway of each subnet, IMDS, the API.
-    pub own: BTreeSet<Ipv4Addr>,
+    pub own: BTreeSet<IpAddr>,
     pub ports: BTreeMap<EniId, Port>,
+    /// What a machine sets on its primary ENI when the link comes. Other ENIs appear bare.
+    pub leases: BTreeMap<EniId, Lease>,
     /// Links to peered VPCs.
     pub peers: BTreeSet<VpcId>,
     pub edge: bool,
-    pub routes: BTreeMap<Ipv4Net, Hop>,
+    pub routes: BTreeMap<IpNet, Hop>,
     pub firewall: Firewall,
 }
 
@@ -72,14 +82,51 @@ pub struct Port {
     pub primary: Ipv4Addr,
     /// Name of the link in the guest.
     pub guest_link: String,
-    /// What the guest's DHCP client sets on its primary ENI. Others appear bare.
-    pub lease: Option<Lease>,
 }
 
+/// What DHCP says, and DHCPv6 and the router's advertisement where the subnet has IPv6.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lease {
-    pub prefix: u8,
-    pub gateway: Ipv4Addr,
+    pub addresses: Vec<IpNet>,
+    /// Of the default routes.
+    pub gateways: Vec<IpAddr>,
+}
+
+/// The far end of a cable, as routes name it. It is a permanent neighbour by both of its addresses: nobody ever asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Far {
+    ipv4: Ipv4Addr,
+    mac: MacAddress,
+}
+
+impl Far {
+    /// Its address for routes to such a destination.
+    fn towards(self, destination: IpNet) -> IpAddr {
+        match destination {
+            IpNet::V4(_) => self.ipv4.into(),
+            IpNet::V6(_) => link_local(self.mac).into(),
+        }
+    }
+
+    async fn is_neighbour(self, net: &Netlink, link: &str) -> Result<()> {
+        net.neighbour(link, self.ipv4.into(), self.mac).await?;
+        if has_ipv6() {
+            net.neighbour(link, link_local(self.mac).into(), self.mac).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The address that a link gives itself (RFC 4291, appendix A).
+fn link_local(mac: MacAddress) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.0;
+    Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
+}
+
+impl Port {
+    fn far(&self) -> Far {
+        Far { ipv4: self.primary, mac: self.mac }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,23 +142,29 @@ pub fn plan(view: &View) -> Plan {
     let mut plan = Plan::default();
     for vpc in &view.vpcs {
         let mut router = RouterPlan { edge: vpc.internet_gateway, ..RouterPlan::default() };
-        router.own.extend([IMDS, EC2_INSIDE]);
+        let outside = if vpc.internet_gateway { Hop::Internet } else { Hop::Nowhere };
+        router.own.extend([IMDS, EC2_INSIDE].map(IpAddr::from));
         router.routes.insert(LINK_LOCAL, Hop::Nowhere);
-        router.routes.insert(ANYWHERE, if vpc.internet_gateway { Hop::Internet } else { Hop::Nowhere });
-        router.routes.extend(vpc.cidrs.iter().map(|cidr| (*cidr, Hop::Nowhere)));
+        router.routes.insert(ANYWHERE, outside.clone());
+        if let Some(block) = vpc.ipv6 {
+            router.routes.insert(ANYWHERE6, outside);
+            plan.public.extend(router.edge.then(|| (block.into(), vpc.id.clone())));
+        }
+        router.routes.extend(vpc.nets().map(|net| (net, Hop::Nowhere)));
         plan.routers.insert(vpc.id.clone(), router);
     }
     for subnet in &view.subnets {
         if let Some(router) = plan.routers.get_mut(&subnet.vpc) {
-            router.own.insert(gateway(subnet.cidr));
+            router.own.insert(gateway(subnet.cidr).into());
+            router.own.extend(subnet.ipv6.map(|net| IpAddr::from(first(net))));
         }
     }
     for (a, b) in &view.peerings {
         for (near, far) in [(a, b), (b, a)] {
-            let cidrs = view.vpcs.iter().filter(|vpc| vpc.id == *far).flat_map(|vpc| vpc.cidrs.clone());
+            let nets = view.vpcs.iter().filter(|vpc| vpc.id == *far).flat_map(VpcView::nets);
             if let Some(router) = plan.routers.get_mut(near) {
                 router.peers.insert(far.clone());
-                router.routes.extend(cidrs.map(|cidr| (cidr, Hop::Peer(far.clone()))));
+                router.routes.extend(nets.map(|net| (net, Hop::Peer(far.clone()))));
             }
         }
     }
@@ -122,7 +175,7 @@ pub fn plan(view: &View) -> Plan {
         let peers: Vec<_> = router.peers.iter().map(|peer| (peer_link(peer), peer.to_string())).collect();
         router.firewall.checked.extend(peers);
         router.firewall.edge = router.edge.then(|| EDGE_LINK.to_owned());
-        plan.public.extend(router.firewall.public.values().map(|public| (*public, id.clone())));
+        plan.public.extend(router.firewall.public.values().map(|public| (IpAddr::from(*public).into(), id.clone())));
     }
     plan
 }
@@ -139,7 +192,9 @@ fn connect(plan: &mut Plan, view: &View, eni: &EniInfo) {
     else {
         return;
     };
-    let primary = attachment.card == 0 && attachment.device.0 == 0;
+    if attachment.card == 0 && attachment.device.0 == 0 {
+        router.leases.insert(eni.id.clone(), lease(eni, subnet));
+    }
     router.ports.insert(
         eni.id.clone(),
         Port {
@@ -150,26 +205,39 @@ fn connect(plan: &mut Plan, view: &View, eni: &EniInfo) {
                 0 => format!("eth{}", attachment.device),
                 card => format!("eth{card}{:02}", attachment.device.0),
             },
-            lease: primary.then(|| Lease { prefix: subnet.cidr.prefix_len(), gateway: gateway(subnet.cidr) }),
         },
     );
-    let addresses = eni.secondary.iter().chain([&eni.primary_ipv4]).map(|address| Ipv4Net::from(*address));
-    let held = addresses.chain(eni.prefixes.iter().copied());
-    router.routes.extend(held.map(|net| (net, Hop::Eni(eni.id.clone()))));
+    router.routes.extend(eni.nets().map(|net| (net, Hop::Eni(eni.id.clone()))));
     if eni.source_dest_check {
         router.firewall.checked.insert(port_link(&eni.id), eni.id.to_string());
     }
-    if let Some(guard) = Guard::of(view, eni) {
-        router.firewall.guards.insert(port_link(&eni.id), guard);
-    }
+    router.firewall.guards.insert(port_link(&eni.id), Guard::of(view, eni));
     if router.edge {
         router.firewall.public.extend(&eni.public);
     }
 }
 
+/// IPv6 is leased one address at a time; what else is of the subnet is reached through the router, too.
+fn lease(eni: &EniInfo, subnet: &SubnetInfo) -> Lease {
+    let mut lease = Lease {
+        addresses: vec![Ipv4Net::new_assert(eni.primary_ipv4, subnet.cidr.prefix_len()).into()],
+        gateways: vec![gateway(subnet.cidr).into()],
+    };
+    if subnet.ipv6.is_some() {
+        lease.addresses.extend(eni.ipv6.first().map(|address| IpNet::from(IpAddr::from(*address))));
+        lease.gateways.push(ROUTER6.into());
+    }
+    lease
+}
+
 /// The VPC's own address on a subnet: base + 1.
 pub fn gateway(subnet: Ipv4Net) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(subnet.network()).wrapping_add(1))
+}
+
+/// The router's address in an IPv6 subnet, by which its ICMPv6 errors are sent.
+fn first(subnet: Ipv6Net) -> Ipv6Addr {
+    Ipv6Addr::from(u128::from(subnet.network()).wrapping_add(1))
 }
 
 /// Link names carry the end of an id: a name has 15 bytes, and the end is the random part.
@@ -210,18 +278,18 @@ impl Guest {
 pub struct Fabric {
     routers: BTreeMap<VpcId, Router>,
     internet: Guest,
-    public: BTreeMap<Ipv4Addr, VpcId>,
+    public: BTreeMap<IpNet, VpcId>,
 }
 
 struct Router {
     place: Place,
     net: Netlink,
-    own: BTreeSet<Ipv4Addr>,
+    own: BTreeSet<IpAddr>,
     ports: BTreeMap<EniId, Port>,
-    /// Each peered VPC, with the address of the far end of the link to it.
-    peers: BTreeMap<VpcId, Ipv4Addr>,
+    /// Each peered VPC, with the far end of the link to it.
+    peers: BTreeMap<VpcId, Far>,
     edge: bool,
-    routes: BTreeMap<Ipv4Net, Hop>,
+    routes: BTreeMap<IpNet, Hop>,
     firewall: Option<Firewall>,
     /// What earlier rule sets counted: replacing the rules starts their counters anew.
     counted: BTreeMap<String, u64>,
@@ -232,7 +300,10 @@ impl Fabric {
         let place = Place::new()?;
         place.publish("internet")?;
         let internet = Guest::at(place).await?;
-        internet.net.address("lo", host(INTERNET_SERVER)).await?;
+        internet.net.address("lo", IpAddr::from(INTERNET_SERVER).into()).await?;
+        if has_ipv6() {
+            internet.net.address("lo", IpAddr::from(INTERNET_SERVER6).into()).await?;
+        }
         Ok(Self { routers: BTreeMap::new(), internet, public: BTreeMap::new() })
     }
 
@@ -337,7 +408,7 @@ impl Fabric {
             return Ok(());
         }
         join(&near.net, &peer_link(b), &far.net, &far.place.netns()?, &peer_link(a), VPC_MTU).await?;
-        for (vpc, peer, far) in [(a, b, TRANSIT[1].0), (b, a, TRANSIT[0].0)] {
+        for (vpc, peer, far) in [(a, b, TRANSIT[1]), (b, a, TRANSIT[0])] {
             if let Some(router) = self.routers.get_mut(vpc) {
                 router.peers.insert(peer.clone(), far);
             }
@@ -345,16 +416,16 @@ impl Fabric {
         Ok(())
     }
 
-    async fn publish_addresses(&mut self, wanted: &BTreeMap<Ipv4Addr, VpcId>) -> Result<()> {
+    async fn publish_addresses(&mut self, wanted: &BTreeMap<IpNet, VpcId>) -> Result<()> {
         let net = &self.internet.net;
         let stale: Vec<_> = self.public.iter().filter(|(a, vpc)| wanted.get(a) != Some(vpc)).map(|(a, _)| *a).collect();
         for address in stale {
-            net.delete_route(host(address), MAIN).await?;
+            net.delete_route(address, MAIN).await?;
             self.public.remove(&address);
         }
         for (address, vpc) in wanted {
             if !self.public.contains_key(address) {
-                let back = Route::to_host((*address).into()).via(TRANSIT[0].0.into()).onlink();
+                let back = Route::to(*address).via(TRANSIT[0].towards(*address)).onlink();
                 net.route(&vpc_link(vpc), &back).await?;
                 self.public.insert(*address, vpc.clone());
             }
@@ -375,19 +446,14 @@ async fn join(
     // What an earlier attempt left half done.
     near.delete_link(near_name).await?;
     let [first, second] = TRANSIT;
-    let here = VethEnd::new(near_name).mac(first.1).mtu(mtu);
-    let there = VethEnd::new(far_name).mac(second.1).mtu(mtu).in_netns(far_netns);
+    let here = VethEnd::new(near_name).mac(first.mac).mtu(mtu);
+    let there = VethEnd::new(far_name).mac(second.mac).mtu(mtu).in_netns(far_netns);
     near.veth(&here, &there).await?;
     for (net, name, other) in [(near, near_name, second), (far, far_name, first)] {
         net.set_up(name).await?;
-        net.neighbour(name, other.0.into(), other.1).await?;
+        other.is_neighbour(net, name).await?;
     }
     Ok(())
-}
-
-/// One address, as the kernel verbs take it.
-fn host(address: Ipv4Addr) -> IpNet {
-    IpNet::V4(address.into())
 }
 
 impl Router {
@@ -403,9 +469,12 @@ impl Router {
                 ("net/ipv4/conf/default/send_redirects", "0"),
                 // A VPC answers for every address it knows.
                 ("net/ipv4/conf/default/proxy_arp", "1"),
-                ("net/ipv6/conf/default/disable_ipv6", "1"),
+                ("net/ipv6/conf/all/forwarding", "1"),
+                // Its links have the addresses that are set below and no others, and those without delay.
+                ("net/ipv6/conf/default/addr_gen_mode", "1"),
+                ("net/ipv6/conf/default/accept_dad", "0"),
             ] {
-                if std::path::Path::new("/proc/sys").join(key).exists() {
+                if has_ipv6() || !key.starts_with("net/ipv6") {
                     sysctl(key, value)?;
                 }
             }
@@ -432,7 +501,7 @@ impl Router {
     async fn follow(&mut self, wanted: &RouterPlan, guests: &BTreeMap<InstanceId, Guest>, errors: &mut Vec<Error>) {
         let mut keep = |result: Result<()>| errors.extend(result.err());
         keep(self.follow_own(&wanted.own).await);
-        let stale: Vec<Ipv4Net> = self.routes.keys().filter(|net| !wanted.routes.contains_key(net)).copied().collect();
+        let stale: Vec<IpNet> = self.routes.keys().filter(|net| !wanted.routes.contains_key(net)).copied().collect();
         for net in stale {
             keep(self.remove_route(net).await);
         }
@@ -448,7 +517,7 @@ impl Router {
             if !self.ports.contains_key(eni)
                 && let Some(guest) = guests.get(&port.instance)
             {
-                keep(self.plug(eni, port, guest).await);
+                keep(self.plug(eni, port, wanted.leases.get(eni), guest).await);
             }
         }
         for (net, hop) in &wanted.routes {
@@ -458,12 +527,12 @@ impl Router {
         }
     }
 
-    async fn follow_own(&mut self, wanted: &BTreeSet<Ipv4Addr>) -> Result<()> {
+    async fn follow_own(&mut self, wanted: &BTreeSet<IpAddr>) -> Result<()> {
         for address in self.own.difference(wanted) {
-            self.net.remove_address("lo", host(*address)).await?;
+            self.net.remove_address("lo", (*address).into()).await?;
         }
         for address in wanted.difference(&self.own) {
-            self.net.address("lo", host(*address)).await?;
+            self.net.address("lo", (*address).into()).await?;
         }
         self.own = wanted.clone();
         Ok(())
@@ -482,7 +551,7 @@ impl Router {
         Ok(())
     }
 
-    async fn plug(&mut self, eni: &EniId, port: &Port, guest: &Guest) -> Result<()> {
+    async fn plug(&mut self, eni: &EniId, port: &Port, lease: Option<&Lease>, guest: &Guest) -> Result<()> {
         let name = port_link(eni);
         // The router's end has the ENI's address with one bit turned: unlike any ENI's, like on every run.
         let mut mac = port.mac;
@@ -496,13 +565,19 @@ impl Router {
         self.net.set_up(&name).await?;
         // Answer for others at once: a VPC has no reason to wait.
         self.place.run(|| sysctl(&format!("net/ipv4/neigh/{name}/proxy_delay"), "0"))??;
-        self.net.neighbour(&name, port.primary.into(), port.mac).await?;
-        if let Some(lease) = &port.lease {
-            let address = Ipv4Net::new_assert(port.primary, lease.prefix);
+        port.far().is_neighbour(&self.net, &name).await?;
+        if has_ipv6() {
+            self.net.address(&name, IpAddr::from(ROUTER6).into()).await?;
+        }
+        if let Some(lease) = lease {
             guest.net.set_up(&port.guest_link).await?;
-            guest.net.address(&port.guest_link, address.into()).await?;
-            let default = Route::default_via(lease.gateway.into()).protocol(DHCP);
-            guest.net.route(&port.guest_link, &default).await?;
+            for address in &lease.addresses {
+                guest.net.address(&port.guest_link, *address).await?;
+            }
+            for gateway in &lease.gateways {
+                let protocol = if gateway.is_ipv4() { DHCP } else { ADVERTISED };
+                guest.net.route(&port.guest_link, &Route::default_via(*gateway).protocol(protocol)).await?;
+            }
         }
         self.ports.insert(eni.clone(), port.clone());
         Ok(())
@@ -517,30 +592,30 @@ impl Router {
     }
 
     /// The link and the neighbour a hop stands for; `None` while its link is not there.
-    fn via(&self, hop: &Hop) -> Option<(String, Ipv4Addr)> {
+    fn via(&self, hop: &Hop) -> Option<(String, Far)> {
         match hop {
             Hop::Nowhere => None,
-            Hop::Eni(eni) => self.ports.get(eni).map(|port| (port_link(eni), port.primary)),
-            Hop::Internet => self.edge.then(|| (EDGE_LINK.to_owned(), TRANSIT[1].0)),
+            Hop::Eni(eni) => self.ports.get(eni).map(|port| (port_link(eni), port.far())),
+            Hop::Internet => self.edge.then(|| (EDGE_LINK.to_owned(), TRANSIT[1])),
             Hop::Peer(peer) => self.peers.get(peer).map(|far| (peer_link(peer), *far)),
         }
     }
 
-    async fn add_route(&mut self, net: Ipv4Net, hop: &Hop) -> Result<()> {
+    async fn add_route(&mut self, net: IpNet, hop: &Hop) -> Result<()> {
         match self.via(hop) {
-            Some((link, neighbour)) => {
-                let route = Route::to(net.into()).via(neighbour.into()).onlink();
+            Some((link, far)) => {
+                let route = Route::to(net).via(far.towards(net)).onlink();
                 self.net.route(&link, &route).await?;
             }
-            None if *hop == Hop::Nowhere => self.net.blackhole(net.into(), MAIN).await?,
+            None if *hop == Hop::Nowhere => self.net.blackhole(net, MAIN).await?,
             None => return Ok(()),
         }
         self.routes.insert(net, hop.clone());
         Ok(())
     }
 
-    async fn remove_route(&mut self, net: Ipv4Net) -> Result<()> {
-        self.net.delete_route(net.into(), MAIN).await?;
+    async fn remove_route(&mut self, net: IpNet) -> Result<()> {
+        self.net.delete_route(net, MAIN).await?;
         self.routes.remove(&net);
         Ok(())
     }
@@ -561,19 +636,30 @@ mod tests {
         instance: InstanceId,
     }
 
-    fn net(text: &str) -> Ipv4Net {
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    fn net4(text: &str) -> Ipv4Net {
         text.parse().unwrap()
     }
 
     fn account(delays: Delays) -> Account {
         let ec2 = Ec2::new(Options { delays, ..Options::default() });
-        let vpc = ec2.create_vpc(NOW, net("10.0.0.0/16"), "a").unwrap();
+        let vpc = ec2.create_vpc(NOW, net4("10.0.0.0/16"), "a").unwrap();
         ec2.create_internet_gateway(NOW, &vpc).unwrap();
-        let subnet = ec2.create_subnet(NOW, &vpc, net("10.0.16.0/20"), None, Tags::new()).unwrap();
+        let subnet = ec2.create_subnet(NOW, &vpc, net4("10.0.16.0/20"), None, Tags::new()).unwrap();
         let run = RunInstance { public_ip: true, ..RunInstance::new("m5.large", subnet) };
         let instance = ec2.run_instance(NOW, &run).unwrap();
         ec2.advance(NOW);
         Account { ec2, vpc, instance }
+    }
+
+    impl RouterPlan {
+        fn leading_to(&self, eni: &EniId) -> BTreeSet<IpNet> {
+            let to_it = |(net, hop): (&IpNet, &Hop)| (*hop == Hop::Eni(eni.clone())).then_some(*net);
+            self.routes.iter().filter_map(to_it).collect()
+        }
     }
 
     impl Account {
@@ -593,32 +679,76 @@ mod tests {
         let added = account.ec2.assign_addresses(NOW, &eni.id, 2).unwrap();
         let prefix = account.ec2.assign_prefixes(NOW, &eni.id, 1).unwrap()[0];
         let router = account.router(NOW);
-        let held: BTreeSet<Ipv4Net> =
-            (router.routes.iter()).filter(|(_, hop)| **hop == Hop::Eni(eni.id.clone())).map(|(net, _)| *net).collect();
-        let mut expected: BTreeSet<Ipv4Net> = added.iter().map(|address| Ipv4Net::from(*address)).collect();
-        expected.extend([prefix, eni.primary_ipv4.into()]);
-        assert_eq!(held, expected);
+        let mut expected: BTreeSet<IpNet> = added.iter().map(|address| IpAddr::from(*address).into()).collect();
+        expected.extend([IpNet::from(prefix), IpAddr::from(eni.primary_ipv4).into()]);
+        assert_eq!(router.leading_to(&eni.id), expected);
         assert_eq!(router.routes[&net("10.0.0.0/16")], Hop::Nowhere);
         assert_eq!(router.routes[&ANYWHERE], Hop::Internet);
 
         account.ec2.unassign(NOW, &eni.id, &added, &[]).unwrap();
-        assert!(!account.router(NOW).routes.contains_key(&added[0].into()));
+        assert!(!account.router(NOW).routes.contains_key(&IpAddr::from(added[0]).into()));
+    }
+
+    #[test]
+    fn ipv6_is_routed_as_ipv4_is_and_reached_from_the_internet_as_it_is() {
+        let account = account(Delays::NONE);
+        let eni = account.first(NOW);
+        let before = plan(&account.ec2.view(NOW));
+        assert!(before.routers[&account.vpc].routes.keys().all(|net| matches!(net, IpNet::V4(_))));
+        assert!(before.public.keys().all(|net| matches!(net, IpNet::V4(_))));
+
+        let block = account.ec2.give_vpc_ipv6(NOW, &account.vpc).unwrap();
+        let subnet = block.subnets(64).unwrap().next().unwrap();
+        account.ec2.give_subnet_ipv6(NOW, &eni.subnet, subnet).unwrap();
+        let prefix = account.ec2.assign_ipv6_prefixes(NOW, &eni.id, 1).unwrap()[0];
+        let router = account.router(NOW);
+        assert_eq!(router.leading_to(&eni.id), BTreeSet::from([prefix.into(), IpAddr::from(eni.primary_ipv4).into()]));
+        assert_eq!((&router.routes[&block.into()], &router.routes[&ANYWHERE6]), (&Hop::Nowhere, &Hop::Internet));
+        assert!(router.own.contains(&first(subnet).into()));
+        assert_eq!(plan(&account.ec2.view(NOW)).public[&block.into()], account.vpc);
+        assert_eq!(router.ports, before.routers[&account.vpc].ports, "no cable is touched");
+
+        account.ec2.unassign_ipv6_prefixes(NOW, &eni.id, &[prefix]).unwrap();
+        assert!(!account.router(NOW).routes.contains_key(&prefix.into()));
+    }
+
+    #[test]
+    fn a_machine_is_leased_its_first_ipv6_address_and_the_router() {
+        let account = account(Delays::NONE);
+        let subnet = account.first(NOW).subnet;
+        let block = account.ec2.give_vpc_ipv6(NOW, &account.vpc).unwrap();
+        account.ec2.give_subnet_ipv6(NOW, &subnet, block.subnets(64).unwrap().next().unwrap()).unwrap();
+        let run = RunInstance { ipv6_address_count: 2, ipv6_prefix_count: 1, ..RunInstance::new("m5.large", subnet) };
+        let instance = account.ec2.run_instance(NOW, &run).unwrap();
+        let view = account.ec2.view(NOW);
+        let eni = view.enis_of(&instance)[0];
+        let lease = &account.router(NOW).leases[&eni.id];
+        let first = eni.ipv6.first().unwrap();
+        assert_eq!(lease.addresses[1..], [IpAddr::from(*first).into()]);
+        assert_eq!(lease.gateways, [IpAddr::from([10, 0, 16, 1]), ROUTER6.into()]);
+        assert_eq!(account.router(NOW).leading_to(&eni.id).len(), 4);
+    }
+
+    #[test]
+    fn a_links_own_address_follows_from_its_mac() {
+        let address = link_local(MacAddress([0x02, 0x11, 0x22, 0x33, 0x44, 0x55]));
+        assert_eq!(address.to_string(), "fe80::11:22ff:fe33:4455");
     }
 
     #[test]
     fn a_port_is_there_only_while_the_link_is() {
         let account = account(Delays { link_ms: 700, ..Delays::NONE });
         let primary = account.first(NOW);
-        assert_eq!(
-            account.router(NOW).ports[&primary.id].lease,
-            Some(Lease { prefix: 20, gateway: [10, 0, 16, 1].into() })
-        );
+        let address = Ipv4Net::new(primary.primary_ipv4, 20).unwrap();
+        let lease = Lease { addresses: vec![address.into()], gateways: vec![[10, 0, 16, 1].into()] };
+        assert_eq!(account.router(NOW).leases, BTreeMap::from([(primary.id.clone(), lease)]));
         let second = account.ec2.create_eni(NOW, &primary.subnet, &[], "", Tags::new()).unwrap();
         let attachment = account.ec2.attach_eni(NOW, &second, &account.instance, DeviceIndex(1), 0).unwrap();
         assert!(!account.router(NOW.plus_ms(699)).ports.contains_key(&second));
         let later = NOW.plus_ms(700);
-        let port = account.router(later).ports[&second].clone();
-        assert_eq!((port.guest_link.as_str(), port.lease), ("eth1", None));
+        let router = account.router(later);
+        assert_eq!(router.ports[&second].guest_link, "eth1");
+        assert!(!router.leases.contains_key(&second), "it appears bare");
         account.ec2.detach_eni(later, &attachment).unwrap();
         assert!(!account.router(later).ports.contains_key(&second));
     }
@@ -645,7 +775,8 @@ mod tests {
     #[test]
     fn peered_vpcs_have_routes_to_each_other_and_to_nobody_else() {
         let account = account(Delays::NONE);
-        let other = account.ec2.create_vpc(NOW, net("10.99.0.0/16"), "b").unwrap();
+        let other = account.ec2.create_vpc(NOW, net4("10.99.0.0/16"), "b").unwrap();
+        let block = IpNet::from(account.ec2.give_vpc_ipv6(NOW, &other).unwrap());
         assert_eq!(account.router(NOW).peers.len(), 0);
         account.ec2.peer_vpcs(NOW, &account.vpc, &other).unwrap();
         let plan = plan(&account.ec2.view(NOW));
@@ -653,6 +784,9 @@ mod tests {
         assert_eq!(plan.routers[&other].routes[&net("10.0.0.0/16")], Hop::Peer(account.vpc.clone()));
         // No way to the internet through somebody else's gateway.
         assert_eq!(plan.routers[&other].routes[&ANYWHERE], Hop::Nowhere);
+        assert_eq!(plan.routers[&account.vpc].routes[&block], Hop::Peer(other.clone()));
+        assert_eq!(plan.routers[&other].routes[&ANYWHERE6], Hop::Nowhere);
+        assert!(!plan.public.contains_key(&block));
     }
 
     #[test]

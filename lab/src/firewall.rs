@@ -1,14 +1,16 @@
 //! What a VPC's router does to packets beside routing them: the source check, the edge's one-to-one address
-//! translation, the ENIs' security groups, and the counters of what is dropped without a word. One nftables table per router, replaced whole in
-//! one transaction.
+//! translation, the ENIs' security groups, and the counters of what is dropped without a word. One nftables table per
+//! family, replaced whole in one transaction.
 //!
 //! Translation is stateless, as an internet gateway's is: the address in the packet is rewritten and nothing
-//! remembered.
+//! remembered. IPv6 is not translated: its addresses are public as they are.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd as _;
+use std::slice;
 
+use ipnet::{IpNet, Ipv6Net};
 use netlink_packet_core::{
     DefaultNla, Emitable as _, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer,
     NetlinkMessage, NetlinkPayload,
@@ -25,9 +27,11 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::error::{Doing, Result};
 use crate::guard::{Allow, Detail, Guard};
-use crate::ns::Place;
+use crate::ns::{Place, has_ipv6};
 
 const TABLE: &str = "fabric";
+const LINK_LOCAL: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10));
+const MULTICAST: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8));
 const SUBSYSTEM: u16 = 10;
 const NESTED: u16 = 0x8000;
 
@@ -40,7 +44,7 @@ pub struct Firewall {
     pub edge: Option<String>,
     /// Private addresses with a public one.
     pub public: BTreeMap<Ipv4Addr, Ipv4Addr>,
-    /// Links of ENIs whose security groups do not let everything through.
+    /// Links of ENIs, with what their security groups let through.
     pub guards: BTreeMap<String, Guard>,
 }
 
@@ -57,14 +61,58 @@ struct Rule {
     expressions: Vec<Expressions>,
 }
 
-type Side = fn(&Guard) -> Option<&Vec<Allow>>;
+/// What the two families differ in, as far as rules go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// Those that this kernel has; IPv6 can be left out when it boots.
+    fn here() -> &'static [Self] {
+        if has_ipv6() { &[Self::V4, Self::V6] } else { &[Self::V4] }
+    }
+
+    fn of_tables(self) -> NetfilterProtoFamily {
+        match self {
+            Self::V4 => NetfilterProtoFamily::IPv4,
+            Self::V6 => NetfilterProtoFamily::IPv6,
+        }
+    }
+
+    fn has(self, net: IpNet) -> bool {
+        matches!((self, net), (Self::V4, IpNet::V4(_)) | (Self::V6, IpNet::V6(_)))
+    }
+
+    /// The packet's source address.
+    fn source(self) -> Expressions {
+        match self {
+            Self::V4 => part(NETWORK, SOURCE, 4),
+            Self::V6 => part(NETWORK, 8, 16),
+        }
+    }
+
+    fn destination(self) -> Expressions {
+        match self {
+            Self::V4 => part(NETWORK, DESTINATION, 4),
+            Self::V6 => part(NETWORK, 24, 16),
+        }
+    }
+}
 
 impl Firewall {
-    fn rules(&self) -> Vec<Rule> {
+    fn rules(&self, family: Family) -> Vec<Rule> {
         let mut rules = Vec::new();
         let mut rule = |chain, counted_as: &str, parts: &[&[Expressions]]| {
             rules.push(Rule { chain, counted_as: counted_as.to_owned(), expressions: parts.concat() });
         };
+        if family == Family::V6 {
+            // Neighbour discovery and its like: between the ends of one cable, and never forwarded.
+            for (address, net) in [(family.source(), LINK_LOCAL), (family.destination(), MULTICAST)] {
+                rule("arrive", "", &[&[address], &within(net), &[verdict(NF_ACCEPT)]]);
+            }
+        }
         for (link, name) in &self.checked {
             rule(
                 "arrive",
@@ -72,28 +120,30 @@ impl Firewall {
                 &[&[meta(IIFNAME), equals(&link_name(link)), source_unroutable(), equals(&[0; 4])], &drop()],
             );
         }
-        if let Some(edge) = &self.edge {
+        if let (Some(edge), Family::V4) = (&self.edge, family) {
             let edge = link_name(edge);
             for (private, public) in &self.public {
-                let from_edge = [meta(IIFNAME), equals(&edge), load(DESTINATION), equals(&public.octets())];
+                let from_edge = [meta(IIFNAME), equals(&edge), family.destination(), equals(&public.octets())];
                 rule("arrive", "", &[&from_edge, &[value(&private.octets()), store(DESTINATION)]]);
-                let to_edge = [meta(OIFNAME), equals(&edge), load(SOURCE), equals(&private.octets())];
+                let to_edge = [meta(OIFNAME), equals(&edge), family.source(), equals(&private.octets())];
                 rule("pass", "", &[&to_edge, &[verdict(NF_ACCEPT)]]);
                 rule("leave", "", &[&to_edge, &[value(&public.octets()), store(SOURCE)]]);
             }
             rule("pass", NO_PUBLIC, &[&[meta(OIFNAME), equals(&edge)], &drop()]);
         }
-        let (egress, ingress): (Side, Side) = (|guard| guard.egress.as_ref(), |guard| guard.ingress.as_ref());
-        for (chain, key, field, side) in
-            [("egress", IIFNAME, DESTINATION, egress), ("ingress", OIFNAME, SOURCE, ingress)]
+        let (egress, ingress) =
+            (self.guarded(family, |guard| &guard.egress), self.guarded(family, |guard| &guard.ingress));
+        let guarded = !egress.is_empty() || !ingress.is_empty();
+        for (chain, key, peer, guards) in
+            [("egress", IIFNAME, family.destination(), egress), ("ingress", OIFNAME, family.source(), ingress)]
         {
-            if !self.guards.is_empty() {
+            if guarded {
                 rule(chain, "", &[&established()]);
             }
-            for (link, allows) in self.guards.iter().filter_map(|(link, guard)| Some((link, side(guard)?))) {
+            for (link, allows) in guards {
                 let here = [meta(key), equals(&link_name(link))];
                 for allow in allows {
-                    rule(chain, "", &[&here, &let_through(allow, field)]);
+                    rule(chain, "", &[&here, slice::from_ref(&peer), &let_through(allow)]);
                 }
                 rule(chain, DENIED, &[&here, &drop()]);
             }
@@ -103,8 +153,20 @@ impl Firewall {
         rules
     }
 
-    /// Replaces the router's table by this one, all or nothing.
+    /// Links that one side of the groups does not let everything of the family through, with what it does let through.
+    fn guarded(&self, family: Family, side: fn(&Guard) -> &Vec<Allow>) -> Vec<(&str, Vec<&Allow>)> {
+        let of_family = |guard| side(guard).iter().filter(|allow| family.has(allow.peer)).collect::<Vec<_>>();
+        let all = self.guards.iter().map(|(link, guard)| (link.as_str(), of_family(guard)));
+        all.filter(|(_, allows)| !allows.iter().any(|allow| allow.is_everything())).collect()
+    }
+
+    /// Replaces the router's tables by these, all or nothing.
     pub fn install(&self, place: &Place) -> Result<()> {
+        let batch = Family::here().iter().flat_map(|family| self.table(*family)).collect();
+        place.run(|| transact(batch))?.doing(|| "replace the router's nftables".into())
+    }
+
+    fn table(&self, family: Family) -> Vec<Change> {
         let table = || TableMessage { attributes: vec![TableAttribute::Name(TABLE.into())] };
         let create = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_ACK;
         let mut batch = vec![
@@ -128,7 +190,7 @@ impl Firewall {
             ];
             batch.push((create, NfTablesMessage::NewChain(ChainMessage { attributes })));
         }
-        for rule in self.rules() {
+        for rule in self.rules(family) {
             let mut attributes = vec![
                 RuleAttribute::Table(TABLE.into()),
                 RuleAttribute::Chain(rule.chain.into()),
@@ -139,15 +201,19 @@ impl Firewall {
             }
             batch.push((create | NLM_F_APPEND, NfTablesMessage::NewRule(RuleMessage { attributes })));
         }
-        place.run(|| transact(batch))?.doing(|| "replace the router's nftables".into())
+        batch.into_iter().map(|(flags, message)| (family, flags, message)).collect()
     }
 }
 
+/// One message of a transaction, with the family and flags it is sent with.
+type Change = (Family, u16, NfTablesMessage);
+
 /// Packets dropped so far, by the names rules are counted under.
 pub fn counters(place: &Place) -> Result<BTreeMap<String, u64>> {
-    let rules = place.run(dump_rules)?.doing(|| "read the router's nftables".into())?;
+    let dump = || Family::here().iter().map(|family| dump_rules(*family)).collect::<std::io::Result<Vec<_>>>();
+    let rules = place.run(dump)?.doing(|| "read the router's nftables".into())?;
     let mut counts = BTreeMap::new();
-    for rule in rules {
+    for rule in rules.into_iter().flatten() {
         let mut name = None;
         let mut packets = None;
         for attribute in rule.attributes {
@@ -188,12 +254,12 @@ const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
 const IIFNAME: u32 = 6;
 const OIFNAME: u32 = 7;
+const L4PROTO: u32 = 16;
 const RTN_LOCAL: u32 = 2;
 /// Offsets in the IPv4 header.
 const SOURCE: u32 = 12;
 const DESTINATION: u32 = 16;
 const CHECKSUM: u32 = 10;
-const PROTOCOL: u32 = 9;
 /// Headers of a packet.
 const NETWORK: u32 = 1;
 const TRANSPORT: u32 = 2;
@@ -239,10 +305,11 @@ fn established() -> Vec<Expressions> {
     vec![state, masked(&known.to_ne_bytes()), unequal(&[0; 4]), verdict(NF_ACCEPT)]
 }
 
-fn let_through(allow: &Allow, peer: u32) -> Vec<Expressions> {
-    let mut parts = vec![load(peer), masked(&allow.peer.netmask().octets()), equals(&allow.peer.network().octets())];
+/// Accepts what the rule allows; the register holds the peer's address.
+fn let_through(allow: &Allow) -> Vec<Expressions> {
+    let mut parts = within(allow.peer).to_vec();
     if let Some(protocol) = allow.protocol {
-        parts.extend([part(NETWORK, PROTOCOL, 1), equals(&[protocol])]);
+        parts.extend([meta(L4PROTO), equals(&[protocol])]);
     }
     match allow.detail {
         Detail::Any => {}
@@ -256,6 +323,18 @@ fn let_through(allow: &Allow, peer: u32) -> Vec<Expressions> {
     }
     parts.push(verdict(NF_ACCEPT));
     parts
+}
+
+/// The register's address is of this network.
+fn within(net: IpNet) -> [Expressions; 2] {
+    [masked(&octets(net.netmask())), equals(&octets(net.network()))]
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
 }
 
 /// The register's bits under a mask.
@@ -279,10 +358,6 @@ fn compare(how: u32, bytes: &[u8]) -> Expressions {
 /// Some bytes of the packet's network or transport header.
 fn part(header: u32, offset: u32, length: u32) -> Expressions {
     expression("payload", vec![number(1, REGISTER), number(2, header), number(3, offset), number(4, length)])
-}
-
-fn load(offset: u32) -> Expressions {
-    part(NETWORK, offset, 4)
 }
 
 /// Writes an address into the IPv4 header and mends its checksum and, through the pseudo header, that of TCP or UDP.
@@ -340,14 +415,14 @@ fn open() -> std::io::Result<Socket> {
     Ok(socket)
 }
 
-fn transact(batch: Vec<(u16, NfTablesMessage)>) -> std::io::Result<()> {
+fn transact(batch: Vec<Change>) -> std::io::Result<()> {
     let socket = open()?;
     let last = batch.len();
     let mut bytes = message(NetfilterProtoFamily::Unspec, ControlMessage::BatchBegin, NLM_F_REQUEST);
-    for (number, (flags, one)) in (1..).zip(batch) {
+    for (number, (family, flags, one)) in (1..).zip(batch) {
         // Refusals are always told, and one answer is enough: hundreds would not fit.
         let flags = if number == last { flags | NLM_F_ACK } else { flags & !NLM_F_ACK };
-        bytes.extend(message(NetfilterProtoFamily::IPv4, one, flags));
+        bytes.extend(message(family.of_tables(), one, flags));
     }
     bytes.extend(message(NetfilterProtoFamily::Unspec, ControlMessage::BatchEnd, NLM_F_REQUEST));
     // Without root a large batch may still be too large; then sending says so.
@@ -363,11 +438,11 @@ fn transact(batch: Vec<(u16, NfTablesMessage)>) -> std::io::Result<()> {
     }
 }
 
-fn dump_rules() -> std::io::Result<Vec<RuleMessage>> {
+fn dump_rules(family: Family) -> std::io::Result<Vec<RuleMessage>> {
     let socket = open()?;
     let attributes = vec![RuleAttribute::Table(TABLE.into())];
     let ask = NfTablesMessage::GetRule(RuleMessage { attributes });
-    socket.send(&message(NetfilterProtoFamily::IPv4, ask, NLM_F_REQUEST | NLM_F_DUMP), 0)?;
+    socket.send(&message(family.of_tables(), ask, NLM_F_REQUEST | NLM_F_DUMP), 0)?;
     let mut rules = Vec::new();
     loop {
         let (datagram, _) = socket.recv_from_full()?;

@@ -1,7 +1,7 @@
 //! The command line of the lab. Each command is one function; what they do is in the library.
 
 use std::io::IsTerminal as _;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,6 +46,9 @@ enum Verb {
     Ping {
         #[command(flatten)]
         lab: Name,
+        /// Over IPv6.
+        #[arg(short = '6')]
+        ipv6: bool,
         from: String,
         to: String,
     },
@@ -122,8 +125,8 @@ enum Verb {
 #[derive(Subcommand)]
 enum TrafficVerb {
     Echo,
-    Ping { target: Ipv4Addr },
-    Stream { target: Ipv4Addr },
+    Ping { target: IpAddr },
+    Stream { target: IpAddr },
 }
 
 #[derive(Args)]
@@ -143,12 +146,15 @@ impl Name {
 struct Up {
     #[command(flatten)]
     lab: Name,
-    /// Instance types, each with the number of /28s it is launched with: m5.large:1,t3.medium.
+    /// Instance types, each with the number of /28s, and of /80s, it is launched with: m5.large:1,m5.large:0:1,t3.medium.
     #[arg(long, value_delimiter = ',', default_value = "m5.large,m5.large:1")]
     nodes: Vec<NodeSpec>,
     /// Port of the EC2 API on 127.0.0.1; any free one by default.
     #[arg(long, default_value_t = 0)]
     port: u16,
+    /// Dual stack: IPv6 blocks for both VPCs and their subnets, and an IPv6 address for every machine.
+    #[arg(long)]
+    ipv6: bool,
     #[arg(long, default_value = "eu-central-1")]
     region: String,
     /// Where ids, MACs and address picks come from.
@@ -289,7 +295,7 @@ fn run(verb: Verb) -> Result<u8> {
         Verb::Pod(PodVerb::Exec { lab, node, pod, command }) => return exec(&lab, &format!("{node}/{pod}"), &command),
         Verb::Pod(PodVerb::Add { lab, node, pod }) => {
             let pod: PodInfo = lab.ask(&Request::PodAdd { node, name: pod })?;
-            println!("{}/{} has {} after {:.1} ms", pod.node, pod.name, pod.address, pod.add_ms);
+            println!("{}/{} has {} after {:.1} ms", pod.node, pod.name, addresses(&pod), pod.add_ms);
         }
         Verb::Pod(PodVerb::Del { lab, node, pod }) => {
             let took: f64 = lab.ask(&Request::PodDel { node: node.clone(), name: pod.clone() })?;
@@ -301,11 +307,11 @@ fn run(verb: Verb) -> Result<u8> {
                 print_json(&pods);
             } else {
                 for pod in pods {
-                    println!("{:<24} {:<16} {}", format!("{}/{}", pod.node, pod.name), pod.address, pod.netns);
+                    println!("{:<24} {:<16} {}", format!("{}/{}", pod.node, pod.name), addresses(&pod), pod.netns);
                 }
             }
         }
-        Verb::Ping { lab, from, to } => return ping(&lab, from, to),
+        Verb::Ping { lab, ipv6, from, to } => return ping(&lab, ipv6, from, to),
         Verb::Status { lab, json } => {
             let status: Status = lab.ask(&Request::Status)?;
             if json {
@@ -366,8 +372,12 @@ fn exec(lab: &Name, place: &str, command: &[String]) -> Result<u8> {
     Ok(u8::try_from(code).unwrap_or(255))
 }
 
-fn ping(lab: &Name, from: String, to: String) -> Result<u8> {
-    let probes: Vec<Probe> = lab.ask(&Request::Probe { from, to: vec![to] })?;
+fn addresses(pod: &PodInfo) -> String {
+    pod.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+}
+
+fn ping(lab: &Name, ipv6: bool, from: String, to: String) -> Result<u8> {
+    let probes: Vec<Probe> = lab.ask(&Request::Probe { from, to: vec![to], ipv6 })?;
     let mut silent = false;
     for probe in probes {
         let rtt = probe.rtt_us.map_or("no echo".into(), |us| format!("{us} µs"));
@@ -421,6 +431,7 @@ fn stay_up(up: Up) -> Result<u8> {
             nodes: up.nodes.clone(),
             region: up.region.clone(),
             seed: up.seed,
+            ipv6: up.ipv6,
             bin_dir: up.bin_dir.clone(),
             keep: up.keep.clone(),
             env: up.env.iter().cloned().collect(),

@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::ctl::{DaemonAction, NodeSpec};
 use crate::error::{Doing, Error, Result};
 use crate::fabric::{EC2_INSIDE, Guest, IMDS, VPC_MTU};
-use crate::ns::{Place, bind, sysctl};
+use crate::ns::{Place, bind, has_ipv6, sysctl};
 use crate::probe::Reflector;
 use crate::runtime::Pods;
 
@@ -84,8 +84,15 @@ impl Node {
                 ("net/ipv4/ip_forward", "1"),
                 ("net/ipv4/conf/all/rp_filter", "0"),
                 ("net/ipv4/conf/default/rp_filter", "2"),
+                // The router is known without being asked for, and no address waits to be found unique: EC2 has seen to
+                // that. IPv6 forwarding is ipamd's to switch on.
+                ("net/ipv6/conf/all/accept_ra", "0"),
+                ("net/ipv6/conf/default/accept_ra", "0"),
+                ("net/ipv6/conf/default/accept_dad", "0"),
             ] {
-                sysctl(key, value)?;
+                if has_ipv6() || !key.starts_with("net/ipv6") {
+                    sysctl(key, value)?;
+                }
             }
             Ok::<(), Error>(())
         })??;

@@ -160,6 +160,11 @@ pub fn sysctl(key: &str, value: &str) -> Result<()> {
     fs::write(&path, value).doing(|| format!("write {value} to {}", path.display()))
 }
 
+/// True where this kernel has IPv6; it can be left out when it boots.
+pub fn has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
+}
+
 fn open_own(kind: &str) -> Result<File> {
     File::open(format!("/proc/thread-self/ns/{kind}")).doing(|| format!("open the new {kind} namespace"))
 }

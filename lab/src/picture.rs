@@ -2,6 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use crate::ctl::{EniInfo, Info, NodeInfo, PodInfo, Status, VpcInfo};
 use crate::fabric::{EC2_INSIDE, IMDS};
@@ -32,9 +35,11 @@ pub fn welcome(info: &Info) -> String {
 /// The flat network: VPCs, subnets, nodes, ENIs, and every pod under the ENI that holds its address.
 pub fn tree(info: &Info) -> String {
     let mut text = String::new();
-    let _ = writeln!(text, "internet  {} (a server outside)", info.internet_server);
+    let ipv6 = info.vpc.ipv6.map_or_else(String::new, |_| format!(" {}", info.internet_server6));
+    let _ = writeln!(text, "internet  {}{ipv6} (a server outside)", info.internet_server);
     for (kind, vpc) in [("VPC", &info.vpc), ("peered VPC", &info.peer)] {
-        let cidrs: Vec<String> = vpc.cidrs.iter().map(ToString::to_string).collect();
+        let cidrs = vpc.cidrs.iter().map(ToString::to_string).chain(vpc.ipv6.map(|net| net.to_string()));
+        let cidrs: Vec<String> = cidrs.collect();
         let _ = writeln!(text, "{kind}  {}  {}", cidrs.join(" "), vpc.id);
         subnets(&mut text, vpc, &info.nodes);
     }
@@ -46,8 +51,11 @@ fn subnets(text: &mut String, vpc: &VpcInfo, nodes: &[NodeInfo]) {
         let (branch, below) = limbs(last);
         let _ = writeln!(
             text,
-            "{branch}subnet {}  {}  {} addresses free",
-            subnet.cidr, subnet.availability_zone, subnet.free_addresses
+            "{branch}subnet {}{}  {}  {} addresses free",
+            subnet.cidr,
+            subnet.ipv6.map_or_else(String::new, |net| format!(" {net}")),
+            subnet.availability_zone,
+            subnet.free_addresses
         );
         let here: Vec<&NodeInfo> =
             nodes.iter().filter(|node| node.address.is_some_and(|address| subnet.cidr.contains(&address))).collect();
@@ -70,19 +78,25 @@ fn machine(text: &mut String, indent: &str, last: bool, node: &NodeInfo) {
 fn interface(text: &mut String, indent: &str, last: bool, eni: &EniInfo, pods: &[PodInfo]) {
     let (branch, below) = limbs(last);
     let link = eni.link.clone().unwrap_or_else(|| eni.status.clone());
-    let held = match (eni.secondary.len(), eni.prefixes.len()) {
+    let ipv6 = eni.ipv6.iter().map(|address| format!("  {address}")).collect::<String>();
+    let held = match (eni.secondary.len(), eni.prefixes.len() + eni.ipv6_prefixes.len()) {
         (0, 0) => String::new(),
         (0, prefixes) => format!("  + {}", count(prefixes, "prefix", "prefixes")),
         (addresses, 0) => format!("  + {}", count(addresses, "address", "addresses")),
         (a, p) => format!("  + {}, {}", count(a, "address", "addresses"), count(p, "prefix", "prefixes")),
     };
-    let _ = writeln!(text, "{indent}{branch}{link:<5} {:<15}  {}{held}", eni.primary.to_string(), eni.id);
+    let _ = writeln!(text, "{indent}{branch}{link:<5} {:<15}{ipv6}  {}{held}", eni.primary.to_string(), eni.id);
     let indent = format!("{indent}{below}");
-    let on_addresses: Vec<&PodInfo> = pods.iter().filter(|pod| eni.secondary.contains(&pod.address)).collect();
-    list(text, &indent, "", &on_addresses);
-    for prefix in &eni.prefixes {
-        let inside: Vec<&PodInfo> = pods.iter().filter(|pod| prefix.contains(&pod.address)).collect();
-        let label = format!("{prefix}  {} of 16 used  ", inside.len());
+    let inside = |nets: &[IpNet]| -> Vec<(IpAddr, &str)> {
+        let all = pods.iter().flat_map(|pod| pod.addresses.iter().map(|address| (*address, pod.name.as_str())));
+        all.filter(|(address, _)| nets.iter().any(|net| net.contains(address))).collect()
+    };
+    let single: Vec<IpNet> = eni.secondary.iter().map(|address| IpAddr::from(*address).into()).collect();
+    list(text, &indent, "", &inside(&single));
+    let prefixes = eni.prefixes.iter().copied().map(|net| (IpNet::V4(net), " of 16"));
+    for (prefix, of) in prefixes.chain(eni.ipv6_prefixes.iter().copied().map(|net| (IpNet::V6(net), ""))) {
+        let inside = inside(&[prefix]);
+        let label = format!("{prefix}  {}{of} used  ", inside.len());
         if inside.is_empty() {
             let _ = writeln!(text, "{indent}  {label}");
         } else {
@@ -92,15 +106,15 @@ fn interface(text: &mut String, indent: &str, last: bool, eni: &EniInfo, pods: &
 }
 
 /// Pods with their addresses, as many on a line as fit.
-fn list(text: &mut String, indent: &str, label: &str, pods: &[&PodInfo]) {
+fn list(text: &mut String, indent: &str, label: &str, pods: &[(IpAddr, &str)]) {
     const WIDTH: usize = 110;
     let mut pods: Vec<_> = pods.to_vec();
-    pods.sort_by_key(|pod| pod.address);
+    pods.sort();
     let pad = " ".repeat(label.chars().count());
     let mut line = String::new();
     let mut first = true;
-    for pod in pods {
-        let item = format!("{} {}", pod.name, pod.address);
+    for (address, name) in pods {
+        let item = format!("{name} {address}");
         if !line.is_empty() && indent.chars().count() + pad.len() + line.len() + item.len() > WIDTH {
             let _ = writeln!(text, "{indent}  {}{line}", if first { label } else { &pad });
             (line, first) = (String::new(), false);

@@ -7,7 +7,7 @@ use lab_ec2::View;
 
 use crate::ctl::{Drops, EniInfo, Info, NodeInfo, Status, SubnetInfo, VpcInfo};
 use crate::error::chain;
-use crate::fabric::INTERNET_SERVER;
+use crate::fabric::{INTERNET_SERVER, INTERNET_SERVER6};
 use crate::firewall::{DENIED, NO_PUBLIC, UNASSIGNED};
 use crate::node::Node;
 use crate::world::World;
@@ -22,13 +22,19 @@ impl World {
                 .map(|subnet| SubnetInfo {
                     id: subnet.id.to_string(),
                     cidr: subnet.cidr,
+                    ipv6: subnet.ipv6,
                     availability_zone: subnet.availability_zone.clone(),
                     free_addresses: subnet.free_addresses,
                 })
                 .collect();
             subnets.sort_by_key(|subnet| subnet.cidr);
-            let cidrs = view.vpcs.iter().filter(|vpc| vpc.id == *id).flat_map(|vpc| vpc.cidrs.clone()).collect();
-            VpcInfo { id: id.to_string(), cidrs, subnets }
+            let known = view.vpcs.iter().find(|vpc| vpc.id == *id);
+            VpcInfo {
+                id: id.to_string(),
+                cidrs: known.map(|vpc| vpc.cidrs.clone()).unwrap_or_default(),
+                ipv6: known.and_then(|vpc| vpc.ipv6),
+                subnets,
+            }
         };
         let machines: Vec<_> = self.lock(&self.nodes).values().cloned().collect();
         let mut nodes = Vec::new();
@@ -44,6 +50,7 @@ impl World {
             vpc: vpc(&self.cloud.vpc),
             peer: vpc(&self.cloud.peer_vpc),
             internet_server: INTERNET_SERVER,
+            internet_server6: INTERNET_SERVER6,
             ipamd: self.programs.as_ref().map(|programs| programs.ipamd.clone()),
             nodes,
         }
@@ -60,6 +67,7 @@ impl World {
             availability_zone: instance.map(|info| info.availability_zone.clone()).unwrap_or_default(),
             address: enis.first().map(|eni| eni.primary_ipv4),
             public: enis.first().and_then(|eni| eni.public.get(&eni.primary_ipv4).copied()),
+            ipv6: enis.first().and_then(|eni| eni.ipv6.first().copied()),
             enis: (enis.iter())
                 .map(|eni| EniInfo {
                     id: eni.id.to_string(),
@@ -69,6 +77,8 @@ impl World {
                     primary: eni.primary_ipv4,
                     secondary: eni.secondary.iter().copied().collect(),
                     prefixes: eni.prefixes.iter().copied().collect(),
+                    ipv6: eni.ipv6.iter().copied().collect(),
+                    ipv6_prefixes: eni.ipv6_prefixes.iter().copied().collect(),
                     status: eni.attachment.as_ref().map_or_else(String::new, |a| a.state.to_string()),
                     link: fabric.guest_link(&eni.id),
                     spoofed: drops.get(eni.id.as_str()).copied().unwrap_or(0),

@@ -2,7 +2,7 @@
 //! would call them. No processes run in a pod; its reflector answers for it.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Mutex;
@@ -73,8 +73,8 @@ impl Pods {
         self.lock().values().map(|pod| pod.info.clone()).collect()
     }
 
-    pub fn find(&self, name: &str) -> Option<(Place, Ipv4Addr)> {
-        self.lock().get(name).map(|pod| (pod.place.clone(), pod.info.address))
+    pub fn find(&self, name: &str) -> Option<(Place, Vec<IpAddr>)> {
+        self.lock().get(name).map(|pod| (pod.place.clone(), pod.info.addresses.clone()))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Pod>> {
@@ -99,8 +99,8 @@ pub async fn add(node: &Node, name: &str, capabilities: Capabilities) -> Result<
     let start = Instant::now();
     let added = chain(node, Verb::Add, &attachment, None).await;
     let took = start.elapsed();
-    let address = added.and_then(|result| Ok((address_of(&result)?, result)));
-    let (address, result) = match address {
+    let wired = added.and_then(|result| Ok((addresses_of(&result)?, result)));
+    let ((address, addresses), result) = match wired {
         Ok(wired) => wired,
         Err(error) => {
             // As a runtime does after a failed ADD. The first error is the one to tell.
@@ -114,6 +114,7 @@ pub async fn add(node: &Node, name: &str, capabilities: Capabilities) -> Result<
         node: node.name.clone(),
         name: name.to_owned(),
         address,
+        addresses,
         netns: path.display().to_string(),
         add_ms: took.as_secs_f64() * 1e3,
     };
@@ -270,11 +271,14 @@ fn uid(id: &str) -> String {
     [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
 }
 
-/// The pod's address: the first of the result.
-fn address_of(result: &Value) -> Result<Ipv4Addr> {
-    let text = result["ips"][0]["address"].as_str().unwrap_or_default();
-    let bare = text.split('/').next().unwrap_or_default();
-    bare.parse().map_err(|_| Error::refused(format!("the plugin's result carries no IPv4 address: {result}")))
+/// The pod's first address, and all there are.
+fn addresses_of(result: &Value) -> Result<(IpAddr, Vec<IpAddr>)> {
+    let texts = result["ips"].as_array().into_iter().flatten().map(|ip| ip["address"].as_str().unwrap_or_default());
+    let parsed = texts.map(|text| text.split('/').next().unwrap_or_default().parse().ok());
+    match parsed.collect::<Option<Vec<IpAddr>>>() {
+        Some(addresses) if !addresses.is_empty() => Ok((addresses[0], addresses)),
+        _ => Err(Error::refused(format!("the plugin's result carries no address, or none that is one: {result}"))),
+    }
 }
 
 #[cfg(test)]
@@ -282,10 +286,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_address_is_the_first_of_the_result() {
-        let result = json!({ "ips": [{ "interface": 1, "address": "10.0.17.25/32" }] });
-        assert_eq!(address_of(&result).unwrap(), Ipv4Addr::new(10, 0, 17, 25));
-        assert!(address_of(&json!({})).is_err());
+    fn a_pods_addresses_are_those_of_the_result() {
+        let result =
+            json!({ "ips": [{ "interface": 1, "address": "10.0.17.25/32" }, { "address": "2001:db8::7/128" }] });
+        let (first, all) = addresses_of(&result).unwrap();
+        assert_eq!(first, IpAddr::from([10, 0, 17, 25]));
+        assert_eq!(all, [first, "2001:db8::7".parse().unwrap()]);
+        assert!(addresses_of(&json!({})).is_err());
+        assert!(addresses_of(&json!({ "ips": [{ "address": "nowhere/32" }] })).is_err());
     }
 
     #[test]

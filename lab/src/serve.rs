@@ -1,6 +1,6 @@
 //! The world's doors: EC2's API for people and for nodes, IMDS in every VPC, and the socket of the commands.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,9 +40,8 @@ impl World {
     /// Whose address it is: IMDS knows its caller by that and nothing else. The source check has seen to it that the
     /// caller does hold the address.
     fn identify(&self, vpc: &VpcId, address: SocketAddr) -> Option<InstanceId> {
-        let IpAddr::V4(address) = address.ip() else { return None };
         let view = self.cloud.view();
-        let eni = view.enis.iter().find(|eni| eni.vpc == *vpc && eni.holds(address))?;
+        let eni = view.enis.iter().find(|eni| eni.vpc == *vpc && eni.holds(address.ip()))?;
         eni.attachment.as_ref().map(|attachment| attachment.instance.clone())
     }
 }

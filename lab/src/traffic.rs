@@ -4,15 +4,15 @@
 //! standard input; every line there asks for what happened since the last one, and is answered with one line of JSON.
 
 use std::io::{self, BufRead as _, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::error::{Doing, Result};
-use crate::probe::checksum;
+use crate::ns::has_ipv6;
+use crate::probe::Pinger;
 
 /// Where a stream is sent back from.
 pub const ECHO_PORT: u16 = 7778;
@@ -60,7 +60,9 @@ fn millis(time: Duration) -> u64 {
 
 /// Sends what comes on the echo port back, until standard input ends.
 pub fn echo() -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, ECHO_PORT)).doing(|| "open the echo port".into())?;
+    // A listener of IPv6 takes IPv4 as well.
+    let any: IpAddr = if has_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let listener = TcpListener::bind((any, ECHO_PORT)).doing(|| "open the echo port".into())?;
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             std::thread::spawn(move || io::copy(&mut &stream, &mut &stream));
@@ -74,36 +76,22 @@ pub fn echo() -> Result<()> {
 }
 
 /// Pings a target a hundred times a second.
-pub fn ping(target: Ipv4Addr) -> Result<()> {
-    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).doing(|| "open a raw socket".into())?;
-    let own = std::process::id().to_be_bytes();
-    let identifier = [own[2], own[3]];
-    let to: SocketAddr = SocketAddrV4::new(target, 0).into();
+pub fn ping(target: IpAddr) -> Result<()> {
+    let sender = Arc::new(Pinger::open(target).doing(|| "open a raw socket".into())?);
     answer_questions(move |shared| {
-        let sender = socket.try_clone()?;
+        let receiver = Arc::clone(&sender);
         std::thread::spawn(move || {
             let mut next = Instant::now();
             for sequence in (0..=u16::MAX).cycle() {
-                let [high, low] = sequence.to_be_bytes();
-                let mut request = [8, 0, 0, 0, identifier[0], identifier[1], high, low, 0, 0, 0, 0];
-                let sum = checksum(&request).to_be_bytes();
-                request[2..4].copy_from_slice(&sum);
                 // Without a route nothing can be sent, which is a gap like any other.
-                let _ = sender.send_to(&request, &to.into());
+                let _ = sender.send(sequence);
                 next += PING_EVERY;
                 std::thread::sleep(next.saturating_duration_since(Instant::now()));
             }
         });
         std::thread::spawn(move || {
-            let mut packet = [0; 128];
             loop {
-                let Ok(length) = (&socket).read(&mut packet) else { continue };
-                // A raw socket shows the IPv4 header, and every ICMP packet that arrives.
-                let (source, message) = (packet.get(12..16), packet.get(20..length).unwrap_or_default());
-                if source == Some(&target.octets()[..])
-                    && message.first() == Some(&0)
-                    && message.get(4..6) == Some(&identifier)
-                {
+                if let Ok(Some(_)) = receiver.receive() {
                     came_back(&shared, 1);
                 }
             }
@@ -113,8 +101,9 @@ pub fn ping(target: Ipv4Addr) -> Result<()> {
 }
 
 /// Streams to the echo port of a target, and takes what comes back.
-pub fn stream(target: Ipv4Addr) -> Result<()> {
-    let mut stream = TcpStream::connect((target, ECHO_PORT)).doing(|| format!("connect to {target}:{ECHO_PORT}"))?;
+pub fn stream(target: IpAddr) -> Result<()> {
+    let there = SocketAddr::new(target, ECHO_PORT);
+    let mut stream = TcpStream::connect(there).doing(|| format!("connect to {there}"))?;
     answer_questions(move |shared| {
         stream.set_nodelay(true)?;
         let mut reader = stream.try_clone()?;

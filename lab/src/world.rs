@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -25,9 +25,9 @@ use tokio::task::JoinSet;
 use crate::cloud::Cloud;
 use crate::ctl::{Called, DaemonAction, Entrance, NodeSpec, PodInfo, Probe, Request, Spec};
 use crate::error::{Doing, Error, Result, chain};
-use crate::fabric::{Fabric, Guest, IMDS, INTERNET_SERVER, plan};
+use crate::fabric::{Fabric, Guest, IMDS, INTERNET_SERVER, INTERNET_SERVER6, plan};
 use crate::node::{Node, Programs};
-use crate::ns::{Place, bind, make_private};
+use crate::ns::{Place, bind, has_ipv6, make_private};
 use crate::probe::{self, Reflector};
 use crate::runtime;
 use crate::serve::{serve_api, serve_control};
@@ -122,6 +122,9 @@ async fn run(spec: Spec, api: TcpListener, control: UnixListener) -> Result<()> 
         (true, found) => Some(found?),
         (false, found) => found.ok(),
     };
+    if spec.ipv6 && !has_ipv6() {
+        return Err(Error::refused("this kernel was booted without IPv6 (ipv6.disable=1); leave --ipv6 out"));
+    }
     let cloud = Cloud::build(&spec)?;
     let fabric = Fabric::new().await?;
     let internet = fabric.internet().clone();
@@ -333,16 +336,16 @@ impl World {
         let _ = tokio::time::timeout(Duration::from_secs(2), reached).await;
     }
 
-    /// A place by its name, and the address by which others reach it.
-    async fn place(&self, name: &str) -> Result<(Place, Ipv4Addr)> {
+    /// A place by its name, and the addresses by which others reach it.
+    async fn place(&self, name: &str) -> Result<(Place, Vec<IpAddr>)> {
         if name == "internet" {
-            return Ok((self.internet.clone(), INTERNET_SERVER));
+            return Ok((self.internet.clone(), vec![INTERNET_SERVER.into(), INTERNET_SERVER6.into()]));
         }
         if let "vpc" | "peer-vpc" = name {
             let vpc = if name == "vpc" { &self.cloud.vpc } else { &self.cloud.peer_vpc };
             let fabric = self.fabric.lock().await;
             let place = fabric.router(vpc).cloned().ok_or_else(|| Error::refused("the router is not up"))?;
-            return Ok((place, IMDS));
+            return Ok((place, vec![IMDS.into()]));
         }
         if let Some((node, pod)) = name.split_once('/') {
             let found = self.node(node)?.pods.find(pod);
@@ -352,22 +355,33 @@ impl World {
         let view = self.cloud.view();
         let enis = view.enis_of(&node.instance);
         let eni = enis.first().ok_or_else(|| Error::refused(format!("{name} has no interface")))?;
-        Ok((node.place().clone(), eni.primary_ipv4))
+        let ipv6 = eni.ipv6.first().map(|address| IpAddr::from(*address));
+        Ok((node.place().clone(), [eni.primary_ipv4.into()].into_iter().chain(ipv6).collect()))
     }
 
-    async fn probe(&self, from: &str, to: &[String]) -> Result<Vec<Probe>> {
+    async fn probe(&self, from: &str, to: &[String], ipv6: bool) -> Result<Vec<Probe>> {
         let (place, _) = self.place(from).await?;
         let mut targets = Vec::new();
         for name in to {
             let mut address = match name.parse() {
                 Ok(address) => address,
-                Err(_) => self.place(name).await?.1,
+                Err(_) => {
+                    let addresses = self.place(name).await?.1;
+                    let (ipv6s, ipv4s): (Vec<IpAddr>, _) = addresses.into_iter().partition(IpAddr::is_ipv6);
+                    let wanted = if ipv6 || ipv4s.is_empty() { ipv6s } else { ipv4s };
+                    let first = wanted.first().copied();
+                    first.ok_or_else(|| {
+                        Error::refused(format!(
+                            "{name} has no IPv6 address; a lab has IPv6 if it is started with --ipv6"
+                        ))
+                    })?
+                }
             };
-            if from == "internet" {
-                // From outside a machine is known by its public address.
+            if let (IpAddr::V4(private), "internet") = (address, from) {
+                // From outside a machine is known by its public address; over IPv6 there is but one.
                 let view = self.cloud.view();
-                let public = view.enis.iter().find_map(|eni| eni.public.get(&address).copied());
-                address = public.unwrap_or(address);
+                let public = view.enis.iter().find_map(|eni| eni.public.get(&private).copied());
+                address = public.map_or(address, IpAddr::from);
             }
             targets.push((name.clone(), address));
         }
@@ -377,7 +391,7 @@ impl World {
             .map_err(|_| Error::refused("the probe panicked; its message stands in the log"))?
     }
 
-    async fn call(&self, from: String, to: Vec<SocketAddrV4>) -> Result<Vec<Called>> {
+    async fn call(&self, from: String, to: Vec<SocketAddr>) -> Result<Vec<Called>> {
         let (place, _) = self.place(&from).await?;
         tokio::task::spawn_blocking(move || probe::call(&place, &from, &to))
             .await
@@ -421,7 +435,7 @@ impl World {
             Request::PodCheck { node, name } => json(runtime::check(&*self.node(&node)?, &name).await?),
             Request::PodDel { node, name } => json(runtime::del(&*self.node(&node)?, &name).await?),
             Request::Pods => json(self.pods()),
-            Request::Probe { from, to } => json(self.probe(&from, &to).await?),
+            Request::Probe { from, to, ipv6 } => json(self.probe(&from, &to, ipv6).await?),
             Request::Call { from, to } => json(self.call(from, to).await?),
             Request::Down => std::process::exit(0),
         }

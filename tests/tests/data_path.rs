@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use flatwire_tests::binary;
 use lab::api::element;
 use lab::client::Lab;
-use lab::ctl::{Info, NodeInfo, NodeSpec, PodInfo, Request, Spec};
+use lab::ctl::{EniInfo, Info, NodeInfo, NodeSpec, PodInfo, Request, Spec};
 use lab::fabric::IMDS;
 use serde_json::json;
 
@@ -35,8 +35,8 @@ fn name(of: &str) -> String {
 fn start(of: &str, nodes: &[&[(&str, &str)]]) -> Lab {
     let node = |env: &&[(&str, &str)]| NodeSpec {
         instance_type: NODE_TYPE.to_owned(),
-        prefixes: 0,
         env: env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+        ..NodeSpec::default()
     };
     let spec =
         Spec { name: name(of), nodes: nodes.iter().map(node).collect(), bin_dir: Some(programs()), ..Spec::default() };
@@ -53,7 +53,7 @@ fn pods(lab: &mut Lab, node: &str) -> [PodInfo; 2] {
     let mut found: BTreeMap<bool, PodInfo> = BTreeMap::new();
     for number in 0..8 {
         let pod = lab.pod_add(node, &format!("pod-{number}")).unwrap();
-        let primary = machine(lab, node).enis.iter().any(|eni| eni.device == 0 && eni.secondary.contains(&pod.address));
+        let primary = machine(lab, node).enis.iter().any(|eni| eni.device == 0 && has_alone(eni, &pod));
         found.insert(primary, pod);
         if found.len() == 2 {
             break;
@@ -63,8 +63,13 @@ fn pods(lab: &mut Lab, node: &str) -> [PodInfo; 2] {
     [found.remove(&true).expect("a pod on the primary ENI"), found.remove(&false).expect("a pod on a secondary ENI")]
 }
 
+/// True where the ENI holds the pod's address as one of its secondary ones.
+fn has_alone(eni: &EniInfo, pod: &PodInfo) -> bool {
+    pod.ipv4().is_some_and(|address| eni.secondary.contains(&address))
+}
+
 /// Whom a machine or address sees when the pod calls, over UDP and TCP; both must agree.
-fn seen(lab: &mut Lab, pod: &PodInfo, to: &str) -> Option<Ipv4Addr> {
+fn seen(lab: &mut Lab, pod: &PodInfo, to: &str) -> Option<IpAddr> {
     let probe = lab.probe(&format!("{}/{}", pod.node, pod.name), &[to]).unwrap().remove(0);
     assert_eq!(probe.seen, probe.seen_tcp, "{probe:?}");
     probe.seen
@@ -104,14 +109,14 @@ fn exclusions_external_translation_and_external_services_are_followed() {
     let with_exclusions = pods(&mut lab, "node-1");
     for pod in &with_exclusions {
         assert_eq!(seen(&mut lab, pod, "peer"), Some(pod.address), "excluded");
-        let public = machine(&mut lab, "node-1").public;
+        let public = machine(&mut lab, "node-1").public.map(IpAddr::from);
         assert_eq!(seen(&mut lab, pod, "internet"), public);
     }
     for pod in pods(&mut lab, "node-2") {
         assert_eq!(seen(&mut lab, &pod, "peer"), Some(pod.address), "somebody else translates");
         assert_eq!(seen(&mut lab, &pod, "internet"), None, "a pod's address is not public");
     }
-    let node = machine(&mut lab, "node-3").address;
+    let node = machine(&mut lab, "node-3").address.map(IpAddr::from);
     let [on_primary, on_secondary] = pods(&mut lab, "node-3");
     assert_eq!(seen(&mut lab, &on_primary, "peer"), Some(on_primary.address), "excluded");
     // Its way is main's, which leads to the primary ENI, where its address is not valid.
@@ -299,7 +304,7 @@ fn host_ports_bandwidth_and_tuning_work_behind_ours_and_a_failing_plugin_leaks_n
         let pod = lab.pod_add_with("node-1", &name, capabilities).unwrap();
         lab.settle().unwrap();
         let enis = machine(&mut lab, "node-1").enis;
-        let eni = enis.iter().find(|eni| eni.secondary.contains(&pod.address)).unwrap();
+        let eni = enis.iter().find(|eni| has_alone(eni, &pod)).unwrap();
         on.push(eni.device);
 
         let somaxconn = lab.run(&format!("node-1/{name}"), &["cat", "/proc/sys/net/core/somaxconn"]).unwrap();
@@ -309,11 +314,12 @@ fn host_ports_bandwidth_and_tuning_work_behind_ours_and_a_failing_plugin_leaks_n
         targets.extend(enis.iter().filter(|eni| eni.device > 0).map(|eni| ("peer", eni.primary, peer)));
         targets.push(("internet", public, Some("192.0.2.10".parse().unwrap())));
         for (from, to, caller) in targets {
-            let called = lab.call(from, &[SocketAddrV4::new(to, port)]).unwrap()[0];
+            let called = lab.call(from, &[SocketAddr::new(to.into(), port)]).unwrap()[0];
+            let caller = caller.map(IpAddr::from);
             assert_eq!((called.udp, called.tcp), (caller, caller), "{from} → {to}:{port}, ENI {}", eni.device);
         }
         // The pod by its own host port.
-        let itself = lab.call(&format!("node-1/{name}"), &[SocketAddrV4::new(address, port)]).unwrap()[0];
+        let itself = lab.call(&format!("node-1/{name}"), &[SocketAddr::new(address.into(), port)]).unwrap()[0];
         assert!(itself.udp.is_some() && itself.tcp.is_some(), "{itself:?}");
     }
     assert!(on.contains(&0) && on.iter().any(|device| *device > 0), "{on:?}");

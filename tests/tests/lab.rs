@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -113,10 +114,10 @@ fn the_fabric_forwards_what_ec2_has_assigned_and_nothing_else() {
     // Routed to the machine at once, but nobody there has it yet.
     assert!(!answers(&mut lab, "node-2", &address));
     lab.run("node-1", &["ip", "address", "add", &format!("{address}/32"), "dev", "lo"]).unwrap();
-    let own = node(&mut lab, "node-2").address;
+    let own = node(&mut lab, "node-2").address.map(IpAddr::from);
     let seen = probe(&mut lab, "node-2", &address);
     assert_eq!((seen.seen, seen.seen_tcp), (own, own), "{seen:?}");
-    let peer = node(&mut lab, "peer").address;
+    let peer = node(&mut lab, "peer").address.map(IpAddr::from);
     assert_eq!(probe(&mut lab, "peer", &address).seen, peer);
 
     let before = drops(&mut lab);
@@ -173,7 +174,7 @@ fn a_source_that_the_eni_does_not_hold_is_dropped_and_counted() {
     }
     lab.run("node-1", &["ip", "rule", "add", "from", &second.to_string(), "lookup", "2"]).unwrap();
     lab.run("node-1", &["ip", "rule", "add", "to", &target, "lookup", "2"]).unwrap();
-    assert_eq!(probe(&mut lab, "node-1", "node-2").seen, Some(second));
+    assert_eq!(probe(&mut lab, "node-1", "node-2").seen, Some(second.into()));
     assert_eq!(node(&mut lab, "node-1").enis[0].spoofed, dropped);
 }
 
@@ -339,9 +340,9 @@ fn the_internet_sees_public_addresses_and_nothing_private() {
     let mut lab = start(&spec());
     let public = node(&mut lab, "node-1").public;
     assert!(public.is_some());
-    assert_eq!(probe(&mut lab, "node-1", "internet").seen, public);
+    assert_eq!(probe(&mut lab, "node-1", "internet").seen, public.map(IpAddr::from));
     let server = lab.info().internet_server;
-    assert_eq!(probe(&mut lab, "internet", "node-1").seen, Some(server));
+    assert_eq!(probe(&mut lab, "internet", "node-1").seen, Some(server.into()));
 
     // The peer has no public address, and its VPC no gateway.
     assert!(!answers(&mut lab, "peer", "internet"));

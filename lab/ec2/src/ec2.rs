@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flatwire_core::ids::{AttachmentId, DeviceIndex, EniId, InstanceId, SecurityGroupId, SubnetId, Time, VpcId};
 use flatwire_core::ports::{CloudRequest, Metadata};
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::access::{Access, Caller, Credentials};
 use crate::actions::{self, Call};
@@ -19,6 +19,7 @@ use crate::sigv4::SignedRequest;
 use crate::state::State;
 use crate::state::eni::{NewEni, Wanted};
 use crate::state::instance::{Interface, Launch};
+use crate::state::ipv6::{Taken6, Wanted6};
 use crate::typed::{Answered, PageAsked};
 use crate::view::{Ending, EniInfo, Tags, View};
 use crate::xml;
@@ -55,6 +56,8 @@ pub struct RunInstance {
     /// Prefixes of the primary ENI from birth.
     pub ipv4_prefix_count: u32,
     pub secondary_private_ip_address_count: u32,
+    pub ipv6_address_count: u32,
+    pub ipv6_prefix_count: u32,
     /// With a public address for the primary private one.
     pub public_ip: bool,
     /// The `Name` tag.
@@ -75,6 +78,8 @@ impl RunInstance {
             groups: Vec::new(),
             ipv4_prefix_count: 0,
             secondary_private_ip_address_count: 0,
+            ipv6_address_count: 0,
+            ipv6_prefix_count: 0,
             public_ip: false,
             name: String::new(),
             tags: Tags::new(),
@@ -281,6 +286,16 @@ impl Ec2 {
         self.with(now, |world| world.state.associate_cidr(vpc, cidr).map(drop))
     }
 
+    /// Gives the VPC its IPv6 block, a /56.
+    pub fn give_vpc_ipv6(&self, now: Time, vpc: &VpcId) -> Result<Ipv6Net, ApiError> {
+        self.with(now, |world| world.state.give_vpc_ipv6(vpc))
+    }
+
+    /// Gives the subnet its IPv6 block, a /64 of the VPC's.
+    pub fn give_subnet_ipv6(&self, now: Time, subnet: &SubnetId, block: Ipv6Net) -> Result<(), ApiError> {
+        self.with(now, |world| world.state.give_subnet_ipv6(subnet, block))
+    }
+
     /// `zone` is a zone's name or id; the region's first if it is not given.
     pub fn create_subnet(
         &self,
@@ -326,6 +341,11 @@ impl Ec2 {
             let wanted = Wanted {
                 count: run.secondary_private_ip_address_count,
                 prefix_count: run.ipv4_prefix_count,
+                ipv6: Wanted6 {
+                    count: run.ipv6_address_count,
+                    prefix_count: run.ipv6_prefix_count,
+                    ..Wanted6::default()
+                },
                 ..Wanted::default()
             };
             let mut tags = run.tags.clone();
@@ -421,6 +441,18 @@ impl Ec2 {
         let wanted = Wanted { prefix_count: count, ..Wanted::default() };
         self.with(now, |world| world.state.assign(now, eni, &wanted, false))
             .map(|taken| taken.prefixes.into_iter().collect())
+    }
+
+    /// Assigns so many random /80s.
+    pub fn assign_ipv6_prefixes(&self, now: Time, eni: &EniId, count: u32) -> Result<Vec<Ipv6Net>, ApiError> {
+        let wanted = Wanted6 { prefix_count: count, ..Wanted6::default() };
+        self.with(now, |world| world.state.assign_ipv6(now, eni, &wanted))
+            .map(|taken| taken.prefixes.into_iter().collect())
+    }
+
+    pub fn unassign_ipv6_prefixes(&self, now: Time, eni: &EniId, prefixes: &[Ipv6Net]) -> Result<(), ApiError> {
+        let gone = Taken6 { prefixes: prefixes.iter().copied().collect(), ..Taken6::default() };
+        self.with(now, |world| world.state.unassign_ipv6(now, eni, &gone))
     }
 
     pub fn unassign(

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flatwire_core::ids::{
     AttachmentId, DeviceIndex, EniId, InstanceId, MacAddress, SecurityGroupId, SubnetId, Time, VpcId,
 };
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 pub type Tags = BTreeMap<String, String>;
@@ -57,6 +57,13 @@ pub struct VpcView {
     /// An internet gateway is attached.
     pub internet_gateway: bool,
     pub tags: Tags,
+}
+
+impl VpcView {
+    /// Its blocks of both families.
+    pub fn nets(&self) -> impl Iterator<Item = IpNet> {
+        self.cidrs.iter().copied().map(IpNet::V4).chain(self.ipv6.map(IpNet::V6))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -172,10 +179,17 @@ impl EniInfo {
     }
 
     /// True where the ENI holds the address in any way.
-    pub fn holds(&self, address: Ipv4Addr) -> bool {
-        self.primary_ipv4 == address
-            || self.secondary.contains(&address)
-            || self.prefixes.iter().any(|prefix| prefix.contains(&address))
+    pub fn holds(&self, address: impl Into<IpAddr>) -> bool {
+        let address = address.into();
+        self.nets().any(|net| net.contains(&address))
+    }
+
+    /// Everything it holds, of both families: each address, and each prefix whole.
+    pub fn nets(&self) -> impl Iterator<Item = IpNet> {
+        let ipv4 = self.secondary.iter().chain([&self.primary_ipv4]).map(|address| Ipv4Net::from(*address));
+        let ipv6 = self.ipv6.iter().map(|address| Ipv6Net::from(*address));
+        let ipv4 = ipv4.chain(self.prefixes.iter().copied()).map(IpNet::V4);
+        ipv4.chain(ipv6.chain(self.ipv6_prefixes.iter().copied()).map(IpNet::V6))
     }
 
     /// The guest sees the ENI's link.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 
 use super::On;
 use super::services::Service;
@@ -25,10 +25,10 @@ pub enum Seen {
 }
 
 impl Seen {
-    pub fn allows(&self, seen: Option<Ipv4Addr>) -> bool {
+    pub fn allows(&self, seen: Option<IpAddr>) -> bool {
         match (self, seen) {
             (Self::Is(_, address), Some(seen)) => *address == seen,
-            (Self::OneOf(_, addresses), Some(seen)) => addresses.contains(&seen),
+            (Self::OneOf(_, addresses), Some(seen)) => addresses.iter().any(|address| *address == seen),
             (Self::Nobody, None) => true,
             _ => false,
         }
@@ -99,11 +99,13 @@ impl Scene {
             for on in On::BOTH {
                 for pod in pods.get(&(*name, on)).into_iter().flatten().take(2) {
                     let id = format!("{}{}", pod.name.replace('-', ""), number + 1);
+                    let lacks = || Error::refused(format!("{} has no IPv4 address", pod.name));
+                    let address = pod.ipv4().ok_or_else(lacks)?;
                     scene_pods.entry((number, on)).or_default().push(Pod {
                         place: format!("{name}/{}", pod.name),
-                        address: pod.address,
-                        service: services.add(&id, pod.address, Some(name), false),
-                        local: services.add(&format!("{id}l"), pod.address, Some(name), true),
+                        address,
+                        service: services.add(&id, address, Some(name), false),
+                        local: services.add(&format!("{id}l"), address, Some(name), true),
                     });
                 }
             }

@@ -7,7 +7,7 @@ mod services;
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -62,7 +62,7 @@ pub fn run(matrix: &Matrix) -> Result<bool> {
     let start = Instant::now();
     let say = |text: String| println!("{:>6.1} s  {text}", start.elapsed().as_secs_f64());
     let program = std::env::current_exe().doing(|| "find the lab's own program".into())?;
-    let node = NodeSpec { instance_type: NODE_TYPE.to_owned(), prefixes: 0, env: BTreeMap::new() };
+    let node = NodeSpec { instance_type: NODE_TYPE.to_owned(), ..NodeSpec::default() };
     let spec = Spec {
         name: matrix.name.clone(),
         nodes: vec![node; NODES.len()],
@@ -128,8 +128,8 @@ fn set(lab: &mut Lab) -> Result<Scene> {
     Scene::new(&info, &pods)
 }
 
-fn eni_of(view: &View, address: Ipv4Addr) -> Result<On> {
-    let eni = view.enis.iter().find(|eni| eni.secondary.contains(&address));
+fn eni_of(view: &View, address: IpAddr) -> Result<On> {
+    let eni = view.enis.iter().find(|eni| eni.holds(address));
     let attachment = eni.and_then(|eni| eni.attachment.as_ref());
     match attachment {
         Some(attachment) if attachment.device.0 == 0 => Ok(On::Primary),
@@ -146,7 +146,7 @@ fn column(lab: &mut Lab, scene: &Scene, mode: Mode, on: On) -> Result<Column> {
     }
     let mut cells = BTreeMap::new();
     for (from, cases) in by_place {
-        let to = cases.iter().map(|case| case.to).collect();
+        let to = cases.iter().map(|case| case.to.into()).collect();
         let called: Vec<Called> = lab.ask(&Request::Call { from, to })?;
         for (case, called) in cases.iter().zip(called) {
             let judge = |seen| (!case.expected.allows(seen)).then(|| wrong(seen, &case.expected));
@@ -156,7 +156,7 @@ fn column(lab: &mut Lab, scene: &Scene, mode: Mode, on: On) -> Result<Column> {
     Ok(Column { mode, on, cells })
 }
 
-fn wrong(seen: Option<Ipv4Addr>, expected: &Seen) -> String {
+fn wrong(seen: Option<IpAddr>, expected: &Seen) -> String {
     let seen = seen.map_or("no answer".to_owned(), |address| format!("the far side saw {address}"));
     format!("{seen}, not {expected}")
 }

@@ -1,7 +1,9 @@
 //! Security groups and their rules: kept and described; the fabric does with them what it does.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use flatwire_core::ids::{SecurityGroupId, VpcId};
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 
 use super::State;
 use crate::error::{ApiError, Kind};
@@ -9,6 +11,8 @@ use crate::view::{RuleInfo, RulePeer, SecurityGroupInfo, Tags};
 
 /// Rules a group may have in one direction.
 const RULES_MAX: usize = 60;
+const EVERYBODY: RulePeer = RulePeer::Ipv4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0));
+const EVERYBODY6: RulePeer = RulePeer::Ipv6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0));
 
 #[derive(Debug, Clone)]
 pub(crate) struct SecurityGroup {
@@ -79,16 +83,30 @@ impl State {
     }
 
     pub(crate) fn open_default_group(&mut self, vpc: &VpcId) -> Result<(), ApiError> {
-        self.vpc(vpc)?;
+        let everybody = everybody(self.vpc(vpc)?.ipv6.is_some());
         let id = self.groups.values().find(|group| group.vpc == *vpc && group.name == "default").map(|g| g.id.clone());
         let id = id.expect("invariant: every VPC has its default group, which cannot be deleted");
-        self.authorize(&id, vec![all_traffic(false, RulePeer::Ipv4(Ipv4Net::default()))]).map(drop)
+        self.authorize(&id, everybody.map(|peer| all_traffic(false, peer)).collect()).map(drop)
+    }
+
+    /// What EC2 does for a VPC that gets its IPv6 block: groups that let all IPv4 out, as they were born, let all IPv6
+    /// out as well; what somebody has changed is left alone.
+    pub(super) fn let_ipv6_out(&mut self, vpc: &VpcId) -> Result<(), ApiError> {
+        let as_born = |group: &SecurityGroup| {
+            let mut out = group.rules.iter().filter(|rule| rule.egress);
+            out.next().is_some_and(|rule| all_traffic(true, EVERYBODY).is(rule)) && out.next().is_none()
+        };
+        let groups = self.groups.values().filter(|group| group.vpc == *vpc && as_born(group));
+        for id in groups.map(|group| group.id.clone()).collect::<Vec<_>>() {
+            self.authorize(&id, vec![all_traffic(true, EVERYBODY6)])?;
+        }
+        Ok(())
     }
 
     fn new_group(&mut self, vpc: &VpcId, name: &str, description: &str, tags: Tags) -> SecurityGroupId {
         let id = SecurityGroupId::new(self.fresh_id(Kind::Group)).expect("invariant: fresh ids are well formed");
-        let open = all_traffic(true, RulePeer::Ipv4(Ipv4Net::default()));
-        let rules = vec![open.with_id(self.fresh_id(Kind::GroupRule))];
+        let everybody = everybody(self.vpcs.get(vpc).is_some_and(|vpc| vpc.ipv6.is_some()));
+        let rules = everybody.map(|peer| all_traffic(true, peer).with_id(self.fresh_id(Kind::GroupRule))).collect();
         let group = SecurityGroup {
             id: id.clone(),
             vpc: vpc.clone(),
@@ -199,6 +217,11 @@ impl State {
         self.changed();
         Ok(gone)
     }
+}
+
+/// All there are in a VPC with or without an IPv6 block.
+fn everybody(ipv6: bool) -> impl Iterator<Item = RulePeer> {
+    [EVERYBODY].into_iter().chain(ipv6.then_some(EVERYBODY6))
 }
 
 fn all_traffic(egress: bool, peer: RulePeer) -> RuleSpec {

@@ -72,6 +72,7 @@ impl State {
         if let Some(vpc) = self.vpcs.get_mut(id) {
             vpc.ipv6 = Some(net);
         }
+        self.let_ipv6_out(id)?;
         self.changed();
         Ok(net)
     }

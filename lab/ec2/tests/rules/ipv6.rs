@@ -98,3 +98,23 @@ fn an_eni_is_born_with_ipv6_where_its_subnet_has_any() {
     let both = [("SubnetId", world.subnet.as_str()), ("Ipv6AddressCount", "1"), ("Ipv6Addresses.1.Ipv6Address", "::1")];
     assert_eq!(world.code("CreateNetworkInterface", &both), "InvalidParameterCombination");
 }
+
+#[test]
+fn groups_let_ipv6_out_once_the_vpc_has_any_unless_they_were_changed() {
+    let world = World::new();
+    let create = |name: &str| {
+        let pairs = [("GroupName", name), ("GroupDescription", "d"), ("VpcId", world.vpc.as_str())];
+        world.ok("CreateSecurityGroup", &pairs).one("groupId")
+    };
+    let out = |group: &str| world.ok("DescribeSecurityGroups", &[("GroupId.1", group)]).all("cidrIpv6");
+    let (as_born, changed) = (create("as-born"), create("changed"));
+    let everything = [("IpPermissions.1.IpProtocol", "-1"), ("IpPermissions.1.IpRanges.1.CidrIp", "0.0.0.0/0")];
+    let revoke: Vec<_> = [("GroupId", changed.as_str())].into_iter().chain(everything).collect();
+    world.ok("RevokeSecurityGroupEgress", &revoke);
+    assert_eq!(out(&as_born).len(), 0);
+
+    world.ok("AssociateVpcCidrBlock", &[("VpcId", &world.vpc), ("AmazonProvidedIpv6CidrBlock", "true")]);
+    assert_eq!(out(&as_born), ["::/0"]);
+    assert_eq!(out(&changed).len(), 0);
+    assert_eq!(out(&create("later")), ["::/0"]);
+}

@@ -174,7 +174,7 @@ impl Scene {
             let mut silent = BTreeSet::new();
             let mut rounds = 0;
             while !seen.load(Ordering::Relaxed) {
-                let request = Request::Probe { from: WATCHER.to_owned(), to: pods.clone() };
+                let request = Request::Probe { from: WATCHER.to_owned(), to: pods.clone(), ipv6: false };
                 let probes: Vec<Probe> = control.ask(&request).unwrap();
                 silent.extend(probes.iter().filter(|p| p.rtt_us.is_none() || p.seen.is_none()).map(|p| p.to.clone()));
                 rounds += 1;
