@@ -64,6 +64,7 @@ impl Scenario {
         let mut dice = Dice::new(seed ^ 0x51_0a7e);
         let mut scenario = Self::new(seed);
         draw_node(&mut scenario, &mut dice);
+        draw_families(&mut scenario, &mut Dice::new(seed ^ 0xfa_3111e5));
         let span_ms = match dice.below(10) {
             0..3 => dice.between(20 * MINUTE, HOUR),
             3..8 => dice.between(HOUR, 6 * HOUR),
@@ -142,6 +143,21 @@ fn draw_node(scenario: &mut Scenario, dice: &mut Dice) {
     }
     scenario.habits.patience_ms = *dice.pick(&[0, 5_000, 15_000, 60_000]);
     scenario.habits.tell_scheduled = dice.percent(50);
+}
+
+/// Some nodes have pods of both families, and some of IPv6 only.
+fn draw_families(scenario: &mut Scenario, dice: &mut Dice) {
+    let kind = limits::lookup(scenario.instance_type).expect("invariant: the drawn types are in the table");
+    let custom = scenario.vars.iter().any(|(name, _)| *name == "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG");
+    let drawn = dice.below(100);
+    if !kind.takes_prefixes() || drawn >= 25 {
+        return;
+    }
+    scenario.vars.push(("ENABLE_IPv6", "true".to_owned()));
+    if drawn < 8 && !custom {
+        scenario.vars.push(("ENABLE_IPv4", "false".to_owned()));
+    }
+    scenario.ipv6_prefixes_at_launch = u32::from(dice.percent(50));
 }
 
 /// Pods come as they do: steadily, in bursts, by the clock, or not at all for a night.

@@ -204,7 +204,7 @@ impl Watch {
                 self.broken(Rule::Calls, format!("{action} was asked {READS_MOST} times within a minute"));
             }
         }
-        if let CloudRequest::Assign { eni, .. } = request {
+        if let CloudRequest::Assign { eni, .. } | CloudRequest::AssignIpv6Prefix { eni, prefix: None } = request {
             if self.unread.contains(eni) {
                 self.broken(Rule::ReadFirst, format!("{eni} is asked for more, and nobody has looked"));
             }
@@ -298,7 +298,7 @@ impl<P: Policy> Node<P> {
         now: Time,
         scene: &mut Scene<'_>,
     ) {
-        let Allocation { address, eni, .. } = allocation;
+        let Allocation { address, second, eni, .. } = allocation;
         let repeated = self.runtime.sandboxes.get(&number).is_some_and(|sandbox| sandbox.address == Some(*address));
         let other = |(other, sandbox): (&SandboxNo, &crate::runtime::Sandbox)| {
             (*other != number && sandbox.address == Some(*address) && sandbox.is_live()).then_some(*other)
@@ -313,7 +313,21 @@ impl<P: Policy> Node<P> {
                 self.watch.broken(Rule::Veto, format!("{address} goes to c{number}; the kernel routes it to c{other}"));
             }
         }
+        let both =
+            |other: &crate::runtime::Sandbox| other.second.is_some() && other.second == *second && other.is_live();
+        let other = self.runtime.sandboxes.iter().find(|(other, sandbox)| **other != number && both(sandbox));
+        if let (Some(second), Some((other, _))) = (second, other) {
+            self.watch.broken(Rule::Unique, format!("{second} goes to c{number} and belongs to c{other}"));
+        }
         self.check_routed(*address, eni, now, scene);
+        let families = self.settings.families;
+        if families.has_v6() && second.is_none() {
+            self.watch.broken(Rule::Routed, format!("{address} is handed out to c{number} without a second address"));
+        }
+        // Of IPv6 pods it is for egress, and no concern of EC2's.
+        if let Some(second) = second.filter(IpAddr::is_ipv6) {
+            self.check_routed(second, eni, now, scene);
+        }
         if !repeated && let Some(freed) = self.watch.freed.remove(address) {
             let rested_ms = now.since_ms(freed);
             if rested_ms < self.settings.cooldown_ms() {
@@ -358,7 +372,10 @@ impl<P: Policy> Node<P> {
         let instance = &self.cloud.instance;
         let (in_cloud, primary) = scene.ec2.with_enis(now, |enis| {
             let info = enis.get(eni);
-            let holds = |eni: &EniInfo| matches!(address, IpAddr::V4(v4) if eni.primary_ipv4 != v4 && eni.holds(v4));
+            let holds = |eni: &EniInfo| match address {
+                IpAddr::V4(v4) => eni.primary_ipv4 != v4 && eni.holds(v4),
+                IpAddr::V6(v6) => eni.ipv6_prefixes.iter().any(|prefix| prefix.contains(&v6)),
+            };
             let attached =
                 info.filter(|eni| eni.is_on(instance) && eni.link_is_up(now)).and_then(|eni| eni.attachment.as_ref());
             let device = attached.map(|attachment| attachment.device);
@@ -388,7 +405,8 @@ impl<P: Policy> Node<P> {
         };
         let inside = |address: &IpAddr| given_back.iter().any(|slot| slot.contains(address));
         let live = self.runtime.sandboxes.iter().filter(|(_, sandbox)| sandbox.is_live());
-        let user = live.filter_map(|(number, sandbox)| Some((number, sandbox.address?))).find(|(_, a)| inside(a));
+        let addresses = live.flat_map(|(number, sandbox)| sandbox.addresses().map(move |address| (number, address)));
+        let user = { addresses }.find(|(_, address)| inside(address));
         let route = || self.kernel.routes.iter().map(|(address, number)| (number, *address)).find(|(_, a)| inside(a));
         if let Some((number, address)) = user.or_else(route) {
             let text = format!("{} while {address} belongs to c{number}", cloud::words(request));

@@ -36,7 +36,7 @@ pub use museum::{Exhibit, Tour, exhibits, tour};
 pub use naive::{Naive, NaiveWithFallback};
 pub use node::{Node, Pace, Scene};
 pub use policy::Policy;
-pub use run::{Failure, report, run_seed, tell_seed};
+pub use run::{Failure, report, run_scenario, run_seed, tell_seed};
 pub use runtime::Habits;
 pub use scenario::{Act, Scenario, SubnetPlan};
 pub use shape::{Shape, Tariff};

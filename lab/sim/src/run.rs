@@ -20,10 +20,13 @@ pub struct Failure {
 
 /// One seed, in silence.
 pub fn run_seed(seed: u64) -> (Tally, Option<Failure>) {
-    let scenario = Scenario::from_seed(seed);
-    let mut world: World<Pool> = World::new(&scenario, Telling::Nothing);
+    run_scenario(&Scenario::from_seed(seed))
+}
+
+pub fn run_scenario(scenario: &Scenario) -> (Tally, Option<Failure>) {
+    let mut world: World<Pool> = World::new(scenario, Telling::Nothing);
     let broken = world.play().err();
-    (world.tally, broken.map(|violation| Failure { seed, violation }))
+    (world.tally, broken.map(|violation| Failure { seed: scenario.seed, violation }))
 }
 
 /// The same seed with its story: what broke, what the world was made of, and what happened.

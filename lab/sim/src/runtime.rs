@@ -75,6 +75,7 @@ pub struct Sandbox {
     /// Name of its host link.
     pub link: String,
     pub address: Option<IpAddr>,
+    pub second: Option<IpAddr>,
     /// Of the address.
     pub eni: Option<EniId>,
     /// While the plugin waits for the daemon.
@@ -91,6 +92,10 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        self.address.into_iter().chain(self.second)
+    }
+
     /// Packets may come from or go to its address, now or in a moment.
     pub fn is_live(&self) -> bool {
         self.address.is_some() && (self.plugin || self.wired)
@@ -229,6 +234,7 @@ impl<P: Policy> Node<P> {
                     pod: number,
                     link,
                     address: None,
+                    second: None,
                     eni: None,
                     request: None,
                     plugin: false,
@@ -355,6 +361,7 @@ impl<P: Policy> Node<P> {
         let Some(sandbox) = self.runtime.sandboxes.get_mut(&number) else { return };
         sandbox.request = None;
         sandbox.address = Some(allocation.address);
+        sandbox.second = allocation.second;
         sandbox.eni = Some(allocation.eni.clone());
         if lost {
             scene.story.tell(now, "plugin", || format!("never hears the answer for c{number}"));
@@ -369,7 +376,7 @@ impl<P: Policy> Node<P> {
         let Some(sandbox) = self.runtime.sandboxes.get_mut(&number) else { return };
         sandbox.plugin = false;
         let (Some(address), pod) = (sandbox.address, sandbox.pod) else { return };
-        self.kernel.routes.insert(address, number);
+        self.kernel.routes.extend(sandbox.addresses().map(|address| (address, number)));
         scene.story.tell(now, "plugin", || format!("c{number} runs with {address}"));
         scene.tally.saw("pods started");
         if let Some(pod) = self.runtime.pods.get_mut(&pod) {

@@ -115,6 +115,7 @@ pub struct Scenario {
     pub eni_config: Option<usize>,
     pub prefixes_at_launch: u32,
     pub addresses_at_launch: u32,
+    pub ipv6_prefixes_at_launch: u32,
     pub habits: Habits,
     pub pace: Pace,
     pub page_size: u32,
@@ -124,6 +125,13 @@ pub struct Scenario {
 }
 
 impl Scenario {
+    /// The same world with pods of IPv4 only.
+    pub fn with_ipv4_alone(mut self) -> Self {
+        self.vars.retain(|(name, _)| !matches!(*name, "ENABLE_IPv4" | "ENABLE_IPv6"));
+        self.ipv6_prefixes_at_launch = 0;
+        self
+    }
+
     /// A healthy node of a common type, with nothing happening.
     pub fn new(seed: u64) -> Self {
         Self {
@@ -134,6 +142,7 @@ impl Scenario {
             eni_config: None,
             prefixes_at_launch: 0,
             addresses_at_launch: 0,
+            ipv6_prefixes_at_launch: 0,
             habits: Habits::default(),
             pace: Pace { cloud_ms: 300, kernel_ms: 20, slow_percent: 0 },
             page_size: 100,

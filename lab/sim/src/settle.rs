@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use flatwire_core::families::IPV6_WINDOW;
 use flatwire_core::ids::{DeviceIndex, EniId, SubnetId, Time};
 use flatwire_core::ledger::Progress;
 use flatwire_core::limits;
@@ -85,6 +86,7 @@ impl<P: Policy> World<P> {
         let (pods, running) = (self.node.runtime.pods.len(), self.node.runtime.running());
         let able = usize::try_from(self.capacity()).unwrap_or(usize::MAX).min(pods);
         let could = self.node.daemon()?.free_now(self.now) > 0 || self.could_take(false);
+        let could = could || self.node.settings.families.is_v6_only();
         (running < able && could).then(|| format!("{running} of {pods} pods run; {able} could"))
     }
 
@@ -95,9 +97,20 @@ impl<P: Policy> World<P> {
         let Some(node) = ledger.and_then(|ledger| ledger.node.as_ref()) else { return 0 };
         let Some(kind) = limits::lookup(&node.instance_type) else { return 0 };
         if !settings.provisioning {
-            let primary = |eni: &&&EniInfo| !settings.custom_networking || !is_primary(eni);
-            let slots = |enis: &[&EniInfo]| enis.iter().filter(primary).flat_map(|eni| slots(eni)).collect::<Vec<_>>();
+            let families = settings.families;
+            let serves = |eni: &&&EniInfo| {
+                let placed = !settings.custom_networking || !is_primary(eni);
+                placed && (!families.has_v6() || !eni.ipv6_prefixes.is_empty())
+            };
+            let picked_from = |slot: &IpNet| families.picks_from(slot);
+            let slots = |enis: &[&EniInfo]| {
+                let all = enis.iter().filter(serves).flat_map(|eni| slots(eni));
+                all.filter(picked_from).collect::<Vec<IpNet>>()
+            };
             return self.with_enis_here(slots).iter().map(flatwire_core::pick::size).sum();
+        }
+        if settings.families.is_v6_only() {
+            return IPV6_WINDOW.min(settings.max_pods);
         }
         let foreign = self.with_enis_here(|enis| {
             let of_others = enis.iter().filter(|eni| !is_primary(eni) && !eni.tags.contains_key(TAG_INSTANCE));
@@ -139,11 +152,13 @@ impl<P: Policy> World<P> {
     fn idle_slot(&self, surplus: u32) -> Option<IpNet> {
         let ledger = self.node.daemon()?.ledger();
         let used = |slot: &IpNet| {
-            ledger.pods.values().any(|pod| slot.contains(&pod.address))
+            ledger.pods.values().any(|pod| pod.is_in(slot))
                 || self.node.kernel.routes.keys().any(|address| slot.contains(address))
         };
         let slots = ledger.slots.values().flatten().copied();
-        slots.into_iter().find(|slot| flatwire_core::pick::size(slot) <= surplus && !used(slot))
+        let picked_from = |slot: &IpNet| self.node.settings.families.picks_from(slot);
+        let small = |slot: &IpNet| flatwire_core::pick::size(slot) <= surplus;
+        slots.into_iter().find(|slot| picked_from(slot) && small(slot) && !used(slot))
     }
 
     /// There is a free slot on an ENI of the node or room for another ENI, and a subnet that could fill it.
@@ -258,5 +273,6 @@ fn is_primary(eni: &EniInfo) -> bool {
 /// What an ENI holds beside its own address.
 pub(crate) fn slots(eni: &EniInfo) -> impl Iterator<Item = IpNet> {
     let single = eni.secondary.iter().map(|address| IpNet::from(IpAddr::V4(*address)));
-    single.chain(eni.prefixes.iter().map(|prefix| IpNet::V4(*prefix)))
+    let prefixes = eni.prefixes.iter().map(|prefix| IpNet::V4(*prefix));
+    single.chain(prefixes).chain(eni.ipv6_prefixes.iter().map(|prefix| IpNet::V6(*prefix)))
 }

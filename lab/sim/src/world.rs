@@ -19,6 +19,7 @@ use crate::policy::Policy;
 use crate::queue::Queue;
 use crate::runtime::Habits;
 use crate::scenario::{Act, Scenario};
+use crate::settle::slots;
 use crate::story::{Story, Telling};
 use crate::tally::Tally;
 
@@ -80,17 +81,24 @@ impl<P: Policy> World<P> {
                 ec2.create_subnet(now, &vpc, plan.cidr.parse().expect(fits), None, tags).expect(fits)
             })
             .collect();
+        let settings = |name: &str| scenario.vars.iter().find(|(n, _)| *n == name).map(|(_, value)| value.clone());
+        let settings = Settings::parse(settings).expect("invariant: a scenario's variables are allowed");
+        if settings.families.has_v6() {
+            let block = ec2.give_vpc_ipv6(now, &vpc).expect(fits);
+            for (subnet, block) in subnets.iter().zip(block.subnets(64).expect(fits)) {
+                ec2.give_subnet_ipv6(now, subnet, block).expect(fits);
+            }
+        }
         let subnet = subnets.first().cloned().expect("invariant: a scenario has a subnet");
         let run = RunInstance {
             ipv4_prefix_count: scenario.prefixes_at_launch,
             secondary_private_ip_address_count: scenario.addresses_at_launch,
+            ipv6_prefix_count: scenario.ipv6_prefixes_at_launch,
             ..RunInstance::new(scenario.instance_type, subnet.clone())
         };
         let instance = ec2.run_instance(now, &run).expect(fits);
         let now = now.plus_ms(2_000);
         ec2.advance(now);
-        let settings = |name: &str| scenario.vars.iter().find(|(n, _)| *n == name).map(|(_, value)| value.clone());
-        let settings = Settings::parse(settings).expect("invariant: a scenario's variables are allowed");
         let caller = Caller { access_key: NODE_KEY.to_owned(), ..Caller::lab("123456789012") };
         let cloud = Cloud {
             caller,
@@ -304,11 +312,16 @@ impl<P: Policy> World<P> {
     fn steal_slot(&mut self) {
         let all: Vec<(EniId, IpNet)> = self.ec2.with_enis(self.now, |enis| {
             let here = enis.values().filter(|eni| eni.is_on(&self.instance));
-            here.flat_map(|eni| eni.secondary.iter().map(|a| (eni.id.clone(), IpNet::from(IpAddr::V4(*a))))).collect()
+            // A /28 is not taken: pods of many would go with it, and nothing new would be seen.
+            let small = |slot: &IpNet| !matches!(slot, IpNet::V4(net) if net.prefix_len() < 32);
+            here.flat_map(|eni| slots(eni).filter(small).map(|slot| (eni.id.clone(), slot))).collect()
         });
         let Some((eni, slot)) = self.dice.any(all.into_iter()) else { return };
-        let IpNet::V4(net) = slot else { return };
-        if self.ec2.unassign(self.now, &eni, &[net.addr()], &[]).is_ok() {
+        let taken = match slot {
+            IpNet::V4(net) => self.ec2.unassign(self.now, &eni, &[net.addr()], &[]),
+            IpNet::V6(net) => self.ec2.unassign_ipv6_prefixes(self.now, &eni, &[net]),
+        };
+        if taken.is_ok() {
             self.node.watch.taken_in_cloud(&eni, Some(slot), self.now);
             self.tally.fault("slot taken by others");
             self.neighbours.grab(&self.ec2, self.now, BTreeSet::from([slot]));
