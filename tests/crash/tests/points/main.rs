@@ -72,7 +72,7 @@ fn dies_at(point: Point, arrival: u32) -> f64 {
     (recipe.away)(&mut scene);
     let watch = scene.watch();
     let started = Instant::now();
-    let mut dying = scene.start_dying(point, arrival, recipe.hurry);
+    let mut dying = scene.start_dying(point, arrival, &recipe);
     (recipe.provoke)(&mut scene);
     dying.wait();
     let died_after = started.elapsed().as_secs_f64();

@@ -9,6 +9,8 @@ pub struct Recipe {
     pub arrivals: &'static [u32],
     /// Seconds that pass for the dying daemon in one.
     pub hurry: u32,
+    /// Pods have addresses of both families.
+    pub dual_stack: bool,
     /// While the daemon that is shipped runs.
     pub before: fn(&mut Scene),
     /// While none runs.
@@ -20,8 +22,15 @@ pub struct Recipe {
 }
 
 const NOTHING: fn(&mut Scene) = |_| {};
-const PLAIN: Recipe =
-    Recipe { arrivals: &[1], hurry: 1, before: NOTHING, away: NOTHING, provoke: NOTHING, after: NOTHING };
+const PLAIN: Recipe = Recipe {
+    arrivals: &[1],
+    hurry: 1,
+    dual_stack: false,
+    before: NOTHING,
+    away: NOTHING,
+    provoke: NOTHING,
+    after: NOTHING,
+};
 
 /// More pods than the primary ENI of the node can hold.
 const MORE_THAN_ONE_ENI: usize = 10;
@@ -43,6 +52,13 @@ pub fn recipe(effect: Effect) -> Recipe {
             provoke: |scene| scene.lose_an_address_in_ec2(),
             after: |scene| scene.it_is_there_again(),
             // A second reading must agree.
+            hurry: 30,
+            ..PLAIN
+        },
+        Effect::AssignIpv6Prefix => Recipe {
+            dual_stack: true,
+            provoke: |scene| scene.lose_the_ipv6_prefix_in_ec2(),
+            after: |scene| scene.the_ipv6_prefix_is_there_again(),
             hurry: 30,
             ..PLAIN
         },

@@ -29,6 +29,7 @@ const NODE: &str = "node-1";
 const WATCHER: &str = "peer";
 /// Pods that are there from the beginning; the primary ENI of an m5.large has room for them.
 const RESIDENTS: usize = 3;
+const DUAL_STACK: (&str, &str) = ("ENABLE_IPv6", "true");
 const DEADLINE: Duration = Duration::from_secs(90);
 /// How a shell, and `lab exec`, shows SIGABRT.
 const ABORTED: i32 = 134;
@@ -40,6 +41,7 @@ pub struct Scene {
     adding: Vec<JoinHandle<PodInfo>>,
     /// An address that EC2 was told to take away.
     lost: Option<PodInfo>,
+    lost_prefix: Option<String>,
     /// An ENI that belongs to nobody on purpose.
     leaked: Option<String>,
     names: u32,
@@ -59,7 +61,7 @@ fn or<T: ToString>(holds: bool, otherwise: T) -> Result<(), String> {
 }
 
 impl Scene {
-    pub fn start(_: &Recipe) -> Self {
+    pub fn start(recipe: &Recipe) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("crash-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let keep = TempDir::new().unwrap();
@@ -67,9 +69,15 @@ impl Scene {
         let _ = binary("aws-cni");
         let mut node: NodeSpec = "m5.large".parse().unwrap();
         node.env.insert("AWS_VPC_K8S_CNI_LOGLEVEL".to_owned(), "debug".to_owned());
-        let spec = Spec { name, nodes: vec![node], bin_dir, keep: Some(keep.path().to_owned()), ..Spec::default() };
+        if recipe.dual_stack {
+            node.env.insert(DUAL_STACK.0.to_owned(), DUAL_STACK.1.to_owned());
+        }
+        let ipv6 = recipe.dual_stack;
+        let spec =
+            Spec { name, ipv6, nodes: vec![node], bin_dir, keep: Some(keep.path().to_owned()), ..Spec::default() };
         let lab = Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", chain(&error)));
-        let mut scene = Self { lab, keep, pods: Vec::new(), adding: Vec::new(), lost: None, leaked: None, names: 0 };
+        let (pods, adding) = (Vec::new(), Vec::new());
+        let mut scene = Self { lab, keep, pods, adding, lost: None, lost_prefix: None, leaked: None, names: 0 };
         scene.burst_and_wait(RESIDENTS);
         scene
     }
@@ -138,15 +146,16 @@ impl Scene {
     }
 
     /// Starts the daemon that is to die, and waits until it serves or has died of its start.
-    pub fn start_dying(&mut self, point: Point, arrival: u32, hurry: u32) -> Dying {
+    pub fn start_dying(&mut self, point: Point, arrival: u32, recipe: &Recipe) -> Dying {
         let log = std::fs::File::create(self.keep.path().join("dying.log")).unwrap();
-        let variables = [
+        let mut variables = vec![
             format!("FLATWIRE_CRASH_AT={point}:{arrival}"),
-            format!("FLATWIRE_HURRY={hurry}"),
+            format!("FLATWIRE_HURRY={}", recipe.hurry),
             format!("AWS_EC2_ENDPOINT=http://{EC2_INSIDE}"),
             format!("AWS_EC2_METADATA_SERVICE_ENDPOINT=http://{IMDS}"),
             "RUST_BACKTRACE=0".to_owned(),
         ];
+        variables.extend(recipe.dual_stack.then(|| format!("{}={}", DUAL_STACK.0, DUAL_STACK.1)));
         let child = Command::new(binary("lab"))
             .args(["exec", "--name", self.lab.name(), NODE, "--", "env"])
             .args(variables)
@@ -268,6 +277,30 @@ impl Scene {
 
     pub fn it_is_there_again(&mut self) {
         self.pods.push(self.lost.take().unwrap());
+    }
+
+    fn ipv6_prefixes(&self) -> Vec<String> {
+        let enis = self.info().nodes[0].enis.clone();
+        let primary = enis.iter().find(|eni| eni.device == 0).unwrap();
+        primary.ipv6_prefixes.iter().map(ToString::to_string).collect()
+    }
+
+    /// Somebody takes the primary's /80 away, under the pods that live on it.
+    pub fn lose_the_ipv6_prefix_in_ec2(&mut self) {
+        let prefix = self.ipv6_prefixes().pop().expect("a dual-stack node has a /80");
+        let primary = self.primary();
+        let parameters = [("NetworkInterfaceId", primary.as_str()), ("Ipv6Prefix.1", prefix.as_str())];
+        self.lab.ec2().call("UnassignIpv6Addresses", &parameters).unwrap();
+        self.lost_prefix = Some(prefix);
+    }
+
+    /// That very one, by which its pods' addresses are made.
+    pub fn the_ipv6_prefix_is_there_again(&mut self) {
+        assert_eq!(self.ipv6_prefixes(), [self.lost_prefix.take().unwrap()]);
+        let pods: Vec<String> = self.pods.iter().map(|pod| format!("{NODE}/{}", pod.name)).collect();
+        let pods: Vec<&str> = pods.iter().map(String::as_str).collect();
+        let probes = self.lab.probe6(WATCHER, &pods).unwrap();
+        assert!(probes.iter().all(|probe| probe.rtt_us.is_some() && probe.seen.is_some()), "{probes:?}");
     }
 
     pub fn add_a_group_to_the_primary(&mut self) {
