@@ -72,6 +72,11 @@ fn ip(lab: &Lab, place: &str, command: &str) -> String {
     lab.run(place, &words).unwrap()
 }
 
+/// The machine has the address from now on; without detection, as until that is over nothing may be sent from it.
+fn hold(lab: &Lab, node: &str, address: Ipv6Addr) {
+    ip(lab, node, &format!("address add {address}/128 dev lo nodad"));
+}
+
 fn ip_json(lab: &Lab, place: &str, command: &str) -> Value {
     serde_json::from_str(&ip(lab, place, &format!("-j {command}"))).unwrap()
 }
@@ -102,7 +107,7 @@ fn a_prefix_is_routed_while_it_is_assigned_and_seen_untranslated_everywhere() {
     let (first, last) = (prefix.network(), prefix.broadcast());
     assert_eq!(heard(&mut lab, "node-2", &first.to_string()), NOTHING, "nobody there has it yet");
     for address in [first, last] {
-        ip(&lab, "node-1", &format!("address add {address}/128 dev lo"));
+        hold(&lab, "node-1", address);
         for (from, own) in [
             ("node-2", node(&mut lab, "node-2").ipv6.unwrap()),
             ("peer", node(&mut lab, "peer").ipv6.unwrap()),
@@ -190,7 +195,7 @@ fn a_source_that_the_eni_does_not_hold_is_dropped_and_counted() {
     assert_eq!(drops(&mut lab), Drops::default());
 
     let stolen = nth(node(&mut lab, "node-2").enis[0].ipv6_prefixes[0], 9);
-    ip(&lab, "node-1", &format!("address add {stolen}/128 dev lo"));
+    hold(&lab, "node-1", stolen);
     ip(&lab, "node-1", &format!("route replace default via {ROUTER6} dev eth0 src {stolen}"));
     for to in ["node-2", "internet", "peer"] {
         assert_eq!(heard(&mut lab, "node-1", to), NOTHING, "{to}");
@@ -260,7 +265,7 @@ fn security_groups_let_in_what_their_ipv6_rules_say() {
     join(&lab, &other.enis[0].id);
     assert_eq!(heard(&mut lab, "node-2", "node-1"), ALL);
     let inside = nth(other.enis[0].ipv6_prefixes[0], 3);
-    ip(&lab, "node-2", &format!("address add {inside}/128 dev lo"));
+    hold(&lab, "node-2", inside);
     ip(&lab, "node-2", &format!("route replace default via {ROUTER6} dev eth0 src {inside}"));
     assert_eq!(probe(&mut lab, "node-2", "node-1").seen, Some(inside.into()));
 
@@ -313,7 +318,7 @@ fn a_machine_comes_with_its_address_and_the_router_and_waits_for_neither() {
     let to = node(&mut lab, "node-2").ipv6.unwrap();
     for command in [
         "link set eth1 up",
-        &format!("address add {inside}/128 dev lo"),
+        &format!("address add {inside}/128 dev lo nodad"),
         &format!("route add default via {ROUTER6} dev eth1 src {inside} table 2"),
         &format!("rule add from {inside} lookup 2"),
         &format!("rule add to {to} lookup 2"),
