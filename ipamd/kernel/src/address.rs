@@ -28,6 +28,8 @@ pub struct LinkAddress {
     pub address: IpNet,
     /// Link- or host-scoped, such as fe80::/10 and 127.0.0.1.
     pub local_scope: bool,
+    /// Not used yet: it is still to be found unique, or its link has had no carrier.
+    pub tentative: bool,
 }
 
 fn address_message(link: u32, address: IpNet) -> AddressMessage {
@@ -145,9 +147,10 @@ fn done_if<T>(result: Result<T, KernelError>, errno: Errno) -> Result<(), Kernel
 
 fn parse_address(message: &AddressMessage) -> Option<LinkAddress> {
     // On a point-to-point link ADDRESS is the other side's and LOCAL ours; elsewhere they are the same or LOCAL is absent.
-    let mut own = None;
+    let (mut own, mut tentative) = (None, message.header.flags.contains(AddressHeaderFlags::Tentative));
     for attribute in &message.attributes {
         match attribute {
+            AddressAttribute::Flags(flags) => tentative |= flags.contains(AddressFlags::Tentative),
             AddressAttribute::Local(address) => own = Some(*address),
             AddressAttribute::Address(address) if own.is_none() => own = Some(*address),
             _ => {}
@@ -157,6 +160,7 @@ fn parse_address(message: &AddressMessage) -> Option<LinkAddress> {
         link: message.header.index,
         address: IpNet::new(own?, message.header.prefix_len).ok()?,
         local_scope: !matches!(message.header.scope, AddressScope::Universe),
+        tentative,
     })
 }
 

@@ -173,7 +173,10 @@ impl<'a> Run<'a> {
             self.routes(&routes).await;
             self.rules(&rules).await;
             wanted_routes.extend(routes);
-            self.programmed_since(before, &eni.id);
+            match self.speaks(&link, eni) {
+                true => self.programmed_since(before, &eni.id),
+                false => drop(self.report.missing_links.insert(eni.id.clone())),
+            }
         }
         self.pod_links().await;
         self.pod_routes().await;
@@ -310,6 +313,16 @@ impl<'a> Run<'a> {
                 self.removed(RepairKind::Route, object, done, text);
             }
         }
+    }
+
+    /// The router is asked for from the link's own address of IPv6, which a new link has only after a second or two: until
+    /// then the first packets of pods would wait.
+    fn speaks(&self, link: &Link, eni: &EniPlan) -> bool {
+        let own = |address: &LinkAddress| {
+            let link_local = matches!(address.address.addr(), IpAddr::V6(v6) if v6.is_unicast_link_local());
+            address.link == link.index && link_local && !address.tentative
+        };
+        eni.ipv6_sources().next().is_none() || self.state.addresses.iter().any(own)
     }
 
     async fn routes(&mut self, wanted: &[Route]) {
@@ -556,6 +569,8 @@ impl<'a> Run<'a> {
             let primary = self.link_of(plan.primary.mac);
             wishes.extend(primary.map(|link| (format!("net/ipv6/conf/{}/accept_ra", link.name), "2")));
             wishes.push(("net/ipv6/conf/all/forwarding".to_owned(), "1"));
+            let links = plan.enis.iter().filter_map(|eni| self.link_of(eni.mac));
+            wishes.extend(links.map(|link| (format!("net/ipv6/conf/{}/disable_ipv6", link.name), "0")));
         }
         let macs = [plan.primary.mac].into_iter().chain(plan.enis.iter().map(|eni| eni.mac));
         // Packets of a pod's connection may come by one ENI and their reverse route lead by another: loose, not strict.
