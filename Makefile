@@ -4,6 +4,10 @@ SHELL := /bin/bash
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 BIN := $(TARGET_DIR)/flatwire
+# The plugin is started for every pod. musl starts at once where glibc first asks the processor what it can do, which on a virtual
+# machine takes half as long as all the rest of a start. Where rustup cannot fetch it the plugin is linked with glibc like the others.
+MUSL := $(TRIPLE:-gnu=-musl)
+PLUGIN_TRIPLE = $(if $(wildcard $(shell rustc --print sysroot)/lib/rustlib/$(MUSL)/lib),$(MUSL),$(TRIPLE))
 # Linked to a fixed address: ten thousand relocations are half of what starting the plugin costs, for every pod.
 PLUGIN_FLAGS := -C relocation-model=static
 
@@ -59,9 +63,9 @@ need-root:
 build: deps ## Release binaries, all static, in target/flatwire
 	@echo "build: the EC2 SDK is 1.2 million lines; the first build takes minutes, the next ones seconds"
 	cargo build --release --workspace --bins
-	cargo rustc --profile plugin -p aws-cni --bin aws-cni -- $(PLUGIN_FLAGS)
+	cargo rustc --profile plugin --target $(PLUGIN_TRIPLE) -p aws-cni --bin aws-cni -- $(PLUGIN_FLAGS)
 	@mkdir -p $(BIN)
-	@install -m 0755 $(TARGET_DIR)/$(TRIPLE)/release/{ipamd,lab,lab-ec2} $(TARGET_DIR)/$(TRIPLE)/plugin/aws-cni $(BIN)/
+	@install -m 0755 $(TARGET_DIR)/$(TRIPLE)/release/{ipamd,lab,lab-ec2} $(TARGET_DIR)/$(PLUGIN_TRIPLE)/plugin/aws-cni $(BIN)/
 	@ls -lh $(BIN) | awk 'NR > 1 { printf "  %-8s %s\n", $$5, $$9 }'
 
 .PHONY: sim

@@ -4,10 +4,17 @@
 #   iptables           both backends, for rules of the shapes kube-proxy makes (tests and the lab only)
 #   /usr/lib/cni       portmap, bandwidth and tuning, which run behind our plugin in tests
 #   cc, cmake          aws-lc, the TLS library under the AWS SDK, is C
+#   musl               the plugin's C library, by rustup; does without where that cannot be had
 #   git, kill          the rules of the repository are tests, and daemons are killed in tests
 #   python3-venv       the AWS CLI, boto3, moto and LocalStack run in private virtual environments
 set -euo pipefail
 command -v cargo >/dev/null || { echo "deps: Rust is missing; install it first (rustup, stable 1.95 or later)" >&2; exit 2; }
+triple=$(rustc -vV | sed -n 's/^host: //p')
+musl=${triple%-gnu}-musl
+if [ "$musl" != "$triple-musl" ] && [ ! -d "$(rustc --print sysroot)/lib/rustlib/$musl/lib" ]; then
+  echo "deps: fetching Rust's standard library for $musl, for the plugin"
+  rustup target add "$musl" >/dev/null 2>&1 || echo "deps: $musl is not to be had; the plugin is linked with glibc and starts 0.2 ms later"
+fi
 need=()
 command -v ip >/dev/null || need+=(iproute2)
 command -v nft >/dev/null || need+=(nftables)

@@ -67,6 +67,7 @@ fn sec5_add_1_result_is_readable_by_the_add_on() {
         ipv6_addr: String::new(),
         device_number: 1,
         route_table_id: 2,
+        egress_ipv4_addr: String::new(),
     }]);
     let args = "K8S_POD_NAMESPACE=default;K8S_POD_NAME=sample-pod-1";
     let mut result = world.call("ADD", "a", &pod).version("0.4.0").var("CNI_ARGS", args).run().result();
@@ -260,6 +261,7 @@ fn sec2_add_10_undoes_everything_on_failure() {
             IpAllocationMetadata {
                 ipv4_addr: address.into(),
                 route_table_id: 2,
+                egress_ipv4_addr: String::new(),
                 device_number: 1,
                 ..Default::default()
             },

@@ -121,6 +121,7 @@ impl State {
                 ipv6_addr: if self.v6 { v6 } else { String::new() },
                 device_number: device,
                 route_table_id: if device == 0 { 254 } else { device + 1 },
+                egress_ipv4_addr: String::new(),
             });
         }
         out

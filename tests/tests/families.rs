@@ -12,6 +12,7 @@ use flatwire_core::families::EGRESS;
 use flatwire_tests::binary;
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Info, NodeInfo, NodeSpec, PodInfo, Probe, Request, Spec};
+use lab::fabric::{EC2_INSIDE, IMDS};
 use serde_json::{Value, json};
 
 /// Three addresses on its primary ENI, so that a fourth pod is on another.
@@ -128,6 +129,11 @@ fn dual_stack_pods_of_every_eni_reach_each_other_the_nodes_the_internet_and_the_
     // Whatever the number of pods: two rules of the node and two for its further ENI.
     assert_eq!(our_rules(&lab, "node-1"), 4);
 
+    let ipamd = lab.ipamd().unwrap();
+    let (ec2, imds) =
+        (format!("AWS_EC2_ENDPOINT=http://{EC2_INSIDE}"), format!("AWS_EC2_METADATA_SERVICE_ENDPOINT=http://{IMDS}"));
+    let audit = lab.run("node-1", &["env", &ec2, &imds, &ipamd, "audit"]).unwrap();
+    assert!(audit.contains("audit: clean"), "{audit}");
     for pod in all {
         lab.pod_check(&pod.node, &pod.name).unwrap();
         lab.pod_del(&pod.node, &pod.name).unwrap();

@@ -372,6 +372,24 @@ async fn assign_by_name_takes_nobody_elses() {
 }
 
 #[tokio::test]
+async fn an_ipv6_prefix_is_asked_for_by_count_or_by_name() {
+    const ANSWER: &str = r#"<AssignIpv6AddressesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">
+        <requestId>5f1c0a3e</requestId><networkInterfaceId>eni-0bbbbbbbbbbbbbbb1</networkInterfaceId>
+        <assignedIpv6PrefixSet><item>2600:1f13:0:1:2::/80</item></assignedIpv6PrefixSet>
+        </AssignIpv6AddressesResponse>"#;
+    let bench = bench(|_, _| Answer::ok(ANSWER));
+    let prefix = "2600:1f13:0:1:2::/80".parse().unwrap();
+    for (named, count, name) in [(None, Some("1"), None), (Some(prefix), None, Some("2600:1f13:0:1:2::/80"))] {
+        let reply = bench.call(CloudRequest::AssignIpv6Prefix { eni: eni(), prefix: named }).await.unwrap();
+        assert_eq!(reply, CloudReply::Assigned(slots(&["2600:1f13:0:1:2::/80"])));
+        let asked = bench.last();
+        assert_eq!(asked.form("Action").as_deref(), Some("AssignIpv6Addresses"));
+        assert_eq!(asked.form("Ipv6PrefixCount").as_deref(), count);
+        assert_eq!(asked.form("Ipv6Prefix.1").as_deref(), name);
+    }
+}
+
+#[tokio::test]
 async fn unassign_keeps_addresses_and_prefixes_apart() {
     let bench = bench(|_, _| Answer::ok(include_str!("answers/done.xml")));
     let unassign = |texts: &[&str]| CloudRequest::Unassign { eni: eni(), slots: slots(texts) };
