@@ -9,7 +9,7 @@ PLUGIN_FLAGS := -C relocation-model=static
 
 .PHONY: help
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 .PHONY: demo
 demo: build ## Two nodes on one machine: pods, a full ping matrix, then everything deleted (no AWS account)
@@ -50,6 +50,10 @@ restart: need-root build ## How soon a restarted daemon with 250 pods answers it
 .PHONY: bench
 bench: need-root build ## What a packet and a pod cost, beside other layouts and the floor; report and pictures in target/bench
 	$(BIN)/lab bench --out $(TARGET_DIR)/bench
+
+.PHONY: terraform-check
+terraform-check: deps ## The Terraform modules: rules, and fmt, validate and test where terraform or tofu is there (no AWS)
+	tests/terraform.sh
 
 .PHONY: need-root
 need-root:
