@@ -21,7 +21,8 @@ fn check(folder: &Path) -> Option<Output> {
 }
 
 fn said(output: &Output) -> String {
-    String::from_utf8_lossy(&[output.stdout.as_slice(), &output.stderr].concat()).into_owned()
+    let text = [output.stdout.as_slice(), &output.stderr].concat();
+    format!("{}({})", String::from_utf8_lossy(&text), output.status)
 }
 
 #[test]
