@@ -16,6 +16,12 @@ locals {
     }]
   }) }
 
+  # Only ENIs that carry the cluster's name, and only this cluster's nodes.
+  ipamd_policy = replace(
+    replace(file("${path.module}/../../deploy/iam/policy-ipv4-scoped.json"), "CLUSTER", var.name),
+    "arn:aws:", "arn:${data.aws_partition.current.partition}:",
+  )
+
   # One of the two is rendered: the other would name an OIDC provider that is not there.
   ipamd_trust = local.irsa ? jsonencode({
     Version = "2012-10-17"
@@ -73,7 +79,7 @@ resource "aws_iam_role" "ipamd" {
 resource "aws_iam_role_policy" "ipamd" {
   name   = "ipamd"
   role   = aws_iam_role.ipamd.id
-  policy = file("${path.module}/../../deploy/iam/policy-ipv4.json")
+  policy = local.ipamd_policy
 }
 
 resource "aws_eks_pod_identity_association" "ipamd" {

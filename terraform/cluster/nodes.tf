@@ -42,9 +42,10 @@ resource "aws_launch_template" "node" {
     tags          = merge(local.tags, { Name = "${var.name}-${each.key}" })
   }
 
+  # By this tag ipamd's policy knows the primary ENI; EKS tags the instance itself.
   tag_specifications {
     resource_type = "network-interface"
-    tags          = local.tags
+    tags          = merge(local.tags, { "cluster.k8s.amazonaws.com/name" = var.name })
   }
 }
 

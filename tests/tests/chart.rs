@@ -13,7 +13,8 @@ fn root() -> PathBuf {
 /// `None`, said loudly, where there is no network on purpose.
 fn check(chart: &Path) -> Option<Output> {
     if std::env::var_os("FLATWIRE_OFFLINE").is_some_and(|value| value == "1") {
-        writeln!(std::io::stderr(), "SKIPPED: FLATWIRE_OFFLINE=1, and Helm's engine comes from the network").unwrap();
+        writeln!(std::io::stderr(), "SKIPPED: FLATWIRE_OFFLINE=1, and Helm's engine comes from the network")
+            .expect("standard error is open");
         return None;
     }
     Some(Command::new(root().join("tests/chart.sh")).arg(chart).output().expect("bash starts"))

@@ -18,7 +18,7 @@ const CONFLIST: &str = "/etc/cni/net.d/10-aws.conflist";
 const CONTAINER: &str = r#"#!/bin/bash
 set -eu
 if [ "${1:-}" != run ]; then exec PROGRAM "$@"; fi
-export HOST_CNI_CONFDIR_PATH=/etc/cni/net.d HOST_CNI_BIN_PATH=/opt/cni/bin
+export VARIABLES
 exec unshare --mount --propagation private bash -eu -c '
   root=$(mktemp -d /run/container.XXXXXX)
   mount -t tmpfs container "$root"
@@ -33,14 +33,40 @@ exec unshare --mount --propagation private bash -eu -c '
 ' container "$@"
 "#;
 
+/// A container of the rendered DaemonSet.
+struct Container {
+    args: Vec<String>,
+    /// `NAME=VALUE`; what comes from the node and the pod is left out.
+    env: Vec<String>,
+    probe: Option<String>,
+}
+
+/// By the lines of the manifest, which `make chart` writes and holds against Kubernetes' schemas.
+fn container(name: &str) -> Container {
+    let manifest = include_str!("../../deploy/flatwire.yaml");
+    let head = format!("\n        - name: {name}\n          image: ");
+    let text = manifest.split(&head).nth(1).unwrap_or_else(|| panic!("no container {name}"));
+    let text = text.split("          volumeMounts:").next().unwrap();
+    let after = |line: &str, key: &str| Some(line.trim().strip_prefix(key)?.trim_matches(['"', '[', ']']).to_owned());
+    let lines: Vec<&str> = text.lines().collect();
+    let env = lines
+        .windows(2)
+        .filter_map(|pair| Some(format!("{}={}", after(pair[0], "- name: ")?, after(pair[1], "value: ")?)));
+    let args = lines.iter().find_map(|line| after(line, "args: ")).unwrap_or_default();
+    let args = args.split(", ").map(|arg| arg.trim_matches('"').to_owned()).collect();
+    let probe = lines.iter().find_map(|line| after(line, "path: "));
+    Container { args, env: env.collect(), probe }
+}
+
 fn start(programs: &Path) -> Lab {
     let name = format!("install-{}", std::process::id());
-    for (program, text) in [("ipamd", CONTAINER)] {
-        let real = binary(program).canonicalize().unwrap();
-        let place = programs.join(program);
-        std::fs::write(&place, text.replace("PROGRAM", real.to_str().unwrap())).unwrap();
-        std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o755)).unwrap();
-    }
+    let real = binary("ipamd").canonicalize().unwrap();
+    let place = programs.join("ipamd");
+    let daemon = container("aws-node");
+    assert_eq!(daemon.args, ["run"]);
+    let text = CONTAINER.replace("PROGRAM", real.to_str().unwrap()).replace("VARIABLES", &daemon.env.join(" "));
+    std::fs::write(&place, text).unwrap();
+    std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o755)).unwrap();
     std::fs::copy(binary("aws-cni"), programs.join("aws-cni")).unwrap();
     let nodes = vec!["m5.large".parse().unwrap()];
     let spec = Spec { name, nodes, bin_dir: Some(programs.to_owned()), ..Spec::default() };
@@ -71,6 +97,15 @@ fn a_node_is_served_with_net_admin_alone_and_nothing_stays_when_it_is_taken_off(
     let mut lab = start(programs.path());
     let ipamd = binary("ipamd").canonicalize().unwrap();
     let ipamd = ipamd.to_str().unwrap();
+
+    let install = container("install");
+    let command: Vec<&str> = ["env"].into_iter().chain(install.env.iter().map(String::as_str)).chain([ipamd]).collect();
+    let command: Vec<&str> = command.into_iter().chain(install.args.iter().map(String::as_str)).collect();
+    let (code, said) = on_node(&lab, &command);
+    assert!(code == 0 && said.contains("everything was in place"), "{command:?}: {said}");
+    let ask = "exec 3<>/dev/tcp/127.0.0.1/61678; printf 'GET PATH HTTP/1.0\\r\\n\\r\\n' >&3; head -1 <&3";
+    let (_, answer) = on_node(&lab, &["bash", "-c", &ask.replace("PATH", &container("aws-node").probe.unwrap())]);
+    assert!(answer.contains(" 200 "), "the probe: {answer}");
 
     // The lab has put a conflist there; the daemon's own takes its place once it can serve.
     eventually("the daemon's conflist is in place", || on_node(&lab, &["grep", "-q", "flatwire", CONFLIST]).0 == 0);

@@ -46,8 +46,18 @@ run "pod_identity" {
   }
 
   assert {
-    condition     = contains(jsondecode(aws_iam_role_policy.ipamd.policy).Statement[0].Action, "ec2:CreateNetworkInterface")
+    condition     = contains(flatten([for statement in jsondecode(aws_iam_role_policy.ipamd.policy).Statement : statement.Action]), "ec2:CreateNetworkInterface")
     error_message = "ipamd's role has the policy of deploy/iam"
+  }
+
+  assert {
+    condition     = !strcontains(aws_iam_role_policy.ipamd.policy, "CLUSTER") && !strcontains(aws_iam_role_policy.ipamd.policy, "arn:aws:") && strcontains(aws_iam_role_policy.ipamd.policy, "kubernetes.io/cluster/demo")
+    error_message = "the policy is of this cluster and this partition: ${aws_iam_role_policy.ipamd.policy}"
+  }
+
+  assert {
+    condition     = anytrue([for spec in aws_launch_template.node["default"].tag_specifications : spec.resource_type == "network-interface" && lookup(spec.tags, "cluster.k8s.amazonaws.com/name", "") == "demo"])
+    error_message = "the primary ENI carries the tag that the policy asks for"
   }
 
   assert {
