@@ -44,6 +44,11 @@ CASES = {
     },
     "nothing beside the daemon": {"serviceAccount": {"create": False, "name": "other"}, "rbac": {"create": False}},
     "taken away": {"uninstall": True, "purge": True},
+    "taken away beside the add-on": {
+        "uninstall": True,
+        "serviceAccount": {"create": False},
+        "rbac": {"create": False},
+    },
 }
 # What must be refused, and what the refusal must name.
 REFUSED = {

@@ -23,8 +23,8 @@ exec unshare --mount --propagation private bash -eu -c '
   root=$(mktemp -d /run/container.XXXXXX)
   mount -t tmpfs container "$root"
   for part in /*; do
-    [ -d "$part" ] && [ ! -L "$part" ] || { cp -a "$part" "$root$part"; continue; }
-    mkdir "$root$part" && mount --rbind "$part" "$root$part"
+    if [ -L "$part" ]; then cp -a "$part" "$root$part"
+    elif [ -d "$part" ]; then mkdir "$root$part" && mount --rbind "$part" "$root$part"; fi
   done
   mkdir -p "$root/host/proc/sys/net"
   mount --bind /proc/sys/net "$root/host/proc/sys/net"
