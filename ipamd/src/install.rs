@@ -298,6 +298,8 @@ fn put(dir: &Path, name: &std::ffi::OsStr, content: &[u8], mode: u32) -> anyhow:
         file.write_all(content)?;
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.sync_all()?;
+        // The kernel starts no program that somebody may still write to.
+        drop(file);
         fs::rename(&beside, &place)?;
         File::open(dir)?.sync_all()
     };
@@ -384,10 +386,25 @@ mod tests {
         assert!(error.contains("image/aws-cni") && error.contains("beside ipamd"), "{error}");
     }
 
-    /// A program that runs cannot be written to, and a runtime may start it at any moment.
+    /// In a process of its own, as a runtime is: it never meets half a program, or none.
     #[test]
-    fn a_program_that_runs_is_replaced() {
+    fn a_runtime_finds_a_whole_program_at_any_moment() {
         let node = Node::new();
+        let program = fs::read("/bin/true").unwrap();
+        fs::write(node.path("image/aws-cni"), &program).unwrap();
+        node.install();
+        let call = r#"n=0; until [ -e "$0/stop" ]; do "$0/bin/aws-cni" || exit 1; n=$((n + 1)); done; [ $n -gt 0 ]"#;
+        let mut runtime = std::process::Command::new("bash").arg("-c").arg(call).arg(node.root.path()).spawn().unwrap();
+        for version in 1..60 {
+            // What follows the end of a program is nobody's business.
+            fs::write(node.path("image/aws-cni"), [program.clone(), vec![0; version]].concat()).unwrap();
+            node.install();
+        }
+        fs::write(node.path("stop"), "").unwrap();
+        assert!(runtime.wait().unwrap().success(), "a call of the plugin failed while it was replaced");
+
+        // Nor does one that runs stand in the way: it cannot be written to, but replaced. In the same test, because a process
+        // that is started by another thread holds for a moment what this one writes.
         fs::copy("/bin/sleep", node.path("image/aws-cni")).unwrap();
         node.install();
         let mut running = std::process::Command::new(node.path("bin/aws-cni")).arg("30").spawn().unwrap();
