@@ -123,21 +123,30 @@ fn a_node_is_served_with_net_admin_alone_and_nothing_stays_when_it_is_taken_off(
     let rights = on_node(&lab, &["bash", "-c", "grep CapEff /proc/$(pgrep -n -x ipamd)/status"]).1;
     assert_eq!(rights.split_whitespace().last(), Some("0000000000001000"), "CAP_NET_ADMIN alone: {rights}");
 
-    // Pods live here, and so does the daemon.
+    // A daemon that runs would put everything back: it is waited for, and nothing is taken from under it.
+    let (code, said) = on_node(&lab, &["timeout", "2", ipamd, "uninstall"]);
+    assert_eq!(code, 124, "{said}");
+    assert!(on_node(&lab, &["ip", "rule"]).1.contains("512:"));
+
+    // Pods live here.
     lab.daemon(NODE, DaemonAction::Stop).unwrap();
-    assert!(is_there(&lab, CONFLIST), "a stopped daemon is to come back");
     let (code, said) = on_node(&lab, &[ipamd, "uninstall", "--purge"]);
     assert!(code == 1 && said.contains("12 pods of this node have addresses"), "{said}");
     assert!(!is_there(&lab, CONFLIST), "no pod is to come any more");
 
     lab.daemon(NODE, DaemonAction::Start).unwrap();
     eventually("the conflist is back", || is_there(&lab, CONFLIST));
+    lab.daemon(NODE, DaemonAction::Stop).unwrap();
+    assert!(is_there(&lab, CONFLIST), "a stopped daemon is to come back");
+    lab.daemon(NODE, DaemonAction::Start).unwrap();
     for n in 0..pods.len() {
         lab.pod_del(NODE, &format!("pod-{n}")).unwrap();
     }
     lab.daemon(NODE, DaemonAction::Stop).unwrap();
     let (code, said) = on_node(&lab, &[ipamd, "uninstall", "--purge"]);
     assert_eq!(code, 0, "{said}");
+    let (code, said) = on_node(&lab, &["timeout", "--preserve-status", "2", ipamd, "uninstall", "--stay"]);
+    assert!(code == 0 && said.contains("staying until a signal"), "{said}");
     for file in [CONFLIST, "/var/run/aws-node/flatwire.journal", "/var/run/aws-node/ipam.json"] {
         assert!(!is_there(&lab, file), "{file} stays; {said}");
     }
