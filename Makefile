@@ -13,7 +13,7 @@ PLUGIN_FLAGS := -C relocation-model=static
 
 .PHONY: help
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 .PHONY: demo
 demo: build ## Two nodes on one machine: pods, a full ping matrix, then everything deleted (no AWS account)
@@ -54,6 +54,18 @@ restart: need-root build ## How soon a restarted daemon with 250 pods answers it
 .PHONY: bench
 bench: need-root build ## What a packet and a pod cost, beside other layouts and the floor; report and pictures in target/bench
 	$(BIN)/lab bench --out $(TARGET_DIR)/bench
+
+.PHONY: chart
+chart: deps ## Render chart and plain manifest with Helm's engine, and validate them against Kubernetes' schemas
+	tests/chart.sh deploy/chart --write
+
+.PHONY: iam
+iam: need-root build ## Prove each IAM policy minimal: every action in it is called, one less is refused, none else is ever called
+	tests/iam.sh
+
+.PHONY: terraform-check
+terraform-check: deps ## The Terraform modules: rules, and fmt, validate and test where terraform or tofu is there (no AWS)
+	tests/terraform.sh
 
 .PHONY: need-root
 need-root:

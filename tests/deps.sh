@@ -5,6 +5,7 @@
 #   /usr/lib/cni       portmap, bandwidth and tuning, which run behind our plugin in tests
 #   cc, cmake          aws-lc, the TLS library under the AWS SDK, is C
 #   musl               the plugin's C library, by rustup; does without where that cannot be had
+#   ca-certificates    go into the image, which a test makes
 #   git, kill          the rules of the repository are tests, and daemons are killed in tests
 #   python3-venv       the AWS CLI, boto3, moto and LocalStack run in private virtual environments
 set -euo pipefail
@@ -23,6 +24,7 @@ command -v iptables-legacy >/dev/null && command -v iptables-nft >/dev/null || n
 command -v cc >/dev/null || need+=(build-essential)
 command -v cmake >/dev/null || need+=(cmake)
 command -v python3 >/dev/null || need+=(python3)
+[ -f /etc/ssl/certs/ca-certificates.crt ] || need+=(ca-certificates)
 command -v git >/dev/null || need+=(git)
 command -v kill >/dev/null && [ -x /bin/kill ] || need+=(procps)
 python3 -c 'import ensurepip' 2>/dev/null || need+=(python3-venv)

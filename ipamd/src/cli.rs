@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::probe::Probe;
-use crate::{audit, config, explain, level, preflight, run, status};
+use crate::{audit, config, explain, install, level, preflight, run, status};
 
 #[derive(Parser)]
 #[command(name = "ipamd", version, about = "Flatwire's node daemon: VPC addresses for pods", max_term_width = 110)]
@@ -28,6 +28,10 @@ enum Verb {
     Level(level::LevelArgs),
     /// Check whether this node has what the daemon needs (exit code 1: something is missing).
     Preflight(Box<preflight::PreflightArgs>),
+    /// Put the plugin on this node; the daemon puts the conflist there once it can serve.
+    Install(install::InstallArgs),
+    /// Take conflist, plugin, rules and tables away again; only what is ours, and only with the daemon away.
+    Uninstall(install::UninstallArgs),
     /// Show the version.
     Version,
 }
@@ -44,6 +48,8 @@ pub fn main(probe: impl Probe) -> ExitCode {
         Verb::Explain(args) => explain::explain(&args),
         Verb::Level(args) => level::level(&args),
         Verb::Preflight(args) => preflight::preflight(&args),
+        Verb::Install(args) => install::install(&args),
+        Verb::Uninstall(args) => install::uninstall(&args),
         Verb::Version => {
             println!("ipamd {}", env!("CARGO_PKG_VERSION"));
             Ok(ExitCode::SUCCESS)

@@ -18,6 +18,8 @@ use tracing_subscriber::EnvFilter;
 pub const INTROSPECTION: &str = "127.0.0.1:61679";
 /// Where the state of this node as others see it lies.
 pub const NODE_STATE: &str = "/var/run/aws-node/node-state.json";
+/// Where the add-on's log collector looks for it.
+const PLUGIN_LOG: &str = "/var/log/aws-routed-eni/plugin.log";
 const LENIENT: &str = "FLATWIRE_LENIENT_SETTINGS";
 
 struct Place {
@@ -79,6 +81,32 @@ const PLACES: &[Place] = &[
         "none, standard or strict, for the plugin and the policy agent; empty keeps the plugin away from the agent",
     ),
     place(
+        "cni-conf-dir",
+        "HOST_CNI_CONFDIR_PATH",
+        "",
+        "folder that 10-aws.conflist is written to once a pod could be given an address; empty: not written",
+    ),
+    place(
+        "cni-bin-dir",
+        "HOST_CNI_BIN_PATH",
+        "",
+        "folder of the node's plugins: the conflist names portmap and bandwidth only if they are there; empty: they are",
+    ),
+    place("pod-mtu", "POD_MTU", "", "MTU of pods, in the conflist (576 to 9001); empty: AWS_VPC_ENI_MTU"),
+    place("plugin-log-file", "AWS_VPC_K8S_PLUGIN_LOG_FILE", PLUGIN_LOG, "log of the plugin, in the conflist"),
+    place(
+        "plugin-log-level",
+        "AWS_VPC_K8S_PLUGIN_LOG_LEVEL",
+        "info",
+        "debug, info, warn or error for the plugin, in the conflist",
+    ),
+    place(
+        "bandwidth-plugin",
+        "ENABLE_BANDWIDTH_PLUGIN",
+        "false",
+        "chain the plugin bandwidth behind ours in the conflist",
+    ),
+    place(
         "lenient-settings",
         "FLATWIRE_LENIENT_SETTINGS",
         "false",
@@ -138,11 +166,44 @@ pub struct Config {
     pub log_file: String,
     /// As it is handed to the plugin and the policy agent.
     pub network_policy_mode: String,
+    pub plugin: PluginConfig,
     pub settings: Settings,
     /// Bad values that were put up with.
     pub leniencies: Vec<Leniency>,
     /// Variables that are set and change nothing, and why.
     pub without_effect: Vec<(&'static str, &'static str)>,
+}
+
+/// What the plugin is told by its conflist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PluginConfig {
+    /// `None`: the conflist is somebody else's matter.
+    pub conf_dir: Option<PathBuf>,
+    /// `None`: the plugins that are chained behind ours are taken to be there.
+    pub bin_dir: Option<PathBuf>,
+    pub socket: PathBuf,
+    pub release_queue: PathBuf,
+    pub veth_prefix: String,
+    pub mtu: u32,
+    pub log_file: String,
+    pub log_level: String,
+    pub bandwidth: bool,
+}
+
+impl Default for PluginConfig {
+    fn default() -> Self {
+        Self {
+            conf_dir: None,
+            bin_dir: None,
+            socket: default_of("FLATWIRE_SOCKET").into(),
+            release_queue: default_of("FLATWIRE_RELEASE_QUEUE").into(),
+            veth_prefix: "eni".to_owned(),
+            mtu: 9001,
+            log_file: PLUGIN_LOG.to_owned(),
+            log_level: default_of("AWS_VPC_K8S_PLUGIN_LOG_LEVEL").to_owned(),
+            bandwidth: false,
+        }
+    }
 }
 
 /// Settings that the daemon does not start with.
@@ -193,9 +254,21 @@ impl Config {
             log_filter: log_filter(&mut r),
             log_file: text(&r, "AWS_VPC_K8S_CNI_LOG_FILE"),
             network_policy_mode: network_policy_mode(&mut r),
+            plugin: PluginConfig::default(),
             settings: Settings::read(&mut r),
             leniencies: Vec::new(),
             without_effect: Vec::new(),
+        };
+        config.plugin = PluginConfig {
+            conf_dir: r.text("HOST_CNI_CONFDIR_PATH").map(PathBuf::from),
+            bin_dir: r.text("HOST_CNI_BIN_PATH").map(PathBuf::from),
+            socket: config.socket.clone(),
+            release_queue: config.release_queue.clone(),
+            veth_prefix: config.settings.veth_prefix.clone(),
+            mtu: r.strict_number("POD_MTU", 576, 9001, config.settings.mtu),
+            log_file: plugin_log_file(&mut r),
+            log_level: plugin_log_level(&mut r),
+            bandwidth: r.flag("ENABLE_BANDWIDTH_PLUGIN", false),
         };
         config.without_effect = WITHOUT_EFFECT.iter().filter(|(name, _)| r.text(name).is_some()).copied().collect();
         match (first.finish(), r.finish()) {
@@ -259,6 +332,26 @@ fn log_filter<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> String {
             of_level("debug")
         }
     }
+}
+
+/// The plugin's standard output is its answer to the runtime.
+fn plugin_log_file<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> String {
+    let variable = "AWS_VPC_K8S_PLUGIN_LOG_FILE";
+    let value = text(r, variable);
+    if value == "stdout" {
+        r.refuse_always(variable, &value, "a file or stderr");
+    }
+    value
+}
+
+fn plugin_log_level<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> String {
+    let variable = "AWS_VPC_K8S_PLUGIN_LOG_LEVEL";
+    let value = text(r, variable).to_ascii_lowercase();
+    if !["debug", "info", "warn", "error", "fatal"].contains(&value.as_str()) {
+        r.refuse(variable, &value, "debug, info, warn or error", "debug");
+        return "debug".to_owned();
+    }
+    value
 }
 
 fn network_policy_mode<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> String {

@@ -19,6 +19,7 @@ use crate::config::{Config, RunArgs};
 use crate::driver::{Driver, wall_clock};
 use crate::grpc::{self, Service};
 use crate::http::{self, Pages};
+use crate::install;
 use crate::metrics::Metrics;
 use crate::node_state::NodeStateFile;
 use crate::notes;
@@ -83,6 +84,13 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
     }
     // The socket last: whoever finds it finds everything else in place.
     let listener = grpc::listen(&config.socket)?;
+    if let Some(dir) = config.plugin.conf_dir.clone() {
+        let (conflist, missing) = install::conflist(&config.plugin);
+        for plugin in missing {
+            tracing::warn!(plugin, "not on this node, so not in the conflist; host ports need portmap");
+        }
+        tokio::spawn(install::when_ready(pool.clone(), dir, conflist));
+    }
     let service = Service { pool: pool.clone(), metrics, network_policy_mode: config.network_policy_mode };
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(grpc::serve(listener, service, async {
@@ -138,7 +146,7 @@ fn pods_left_here(path: &Path, ledger: &LedgerState) -> Vec<ImportedPod> {
     Vec::new()
 }
 
-async fn stop_signal() -> anyhow::Result<&'static str> {
+pub async fn stop_signal() -> anyhow::Result<&'static str> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     Ok(tokio::select! {

@@ -145,6 +145,47 @@ fn every_metric_is_documented() {
     }
 }
 
+/// What the dashboard draws and the alerts watch is there: metrics, their labels, and the values that labels are held to.
+#[test]
+fn dashboard_and_alerts_name_what_the_daemon_has() {
+    let dashboard = read("deploy/monitoring/dashboard.json");
+    let panels: serde_json::Value = serde_json::from_str(&dashboard).expect("the dashboard is JSON");
+    let alerts = read("deploy/monitoring/alerts.yaml");
+    let from_panels = panels["panels"].as_array().expect("panels").iter().flat_map(|panel| {
+        let targets = panel["targets"].as_array().cloned().unwrap_or_default();
+        targets.into_iter().map(|target| target["expr"].as_str().expect("an expression").to_owned())
+    });
+    let from_alerts = alerts.lines().filter_map(|line| line.trim().strip_prefix("expr: ")).map(str::to_owned);
+    let expressions: Vec<String> = from_panels.chain(from_alerts).collect();
+    assert!(expressions.len() > 30, "the expressions were not found");
+    let rows: BTreeMap<String, String> = read("docs/metrics.md")
+        .lines()
+        .filter_map(|line| Some((line.strip_prefix("| `")?.split_once('`')?.0.to_owned(), line.to_owned())))
+        .collect();
+    let (ports, operating) = (read("ipamd/core/src/ports.rs"), read("docs/operating.md"));
+    for expression in &expressions {
+        let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let metrics: Vec<&str> = words.filter(|w| w.starts_with("awscni_") || w.starts_with("flatwire_")).collect();
+        for metric in &metrics {
+            let known = rows.contains_key(*metric) || rows.contains_key(metric.trim_end_matches("_bucket"));
+            assert!(known, "docs/metrics.md has no {metric}: {expression}");
+        }
+        for labels in expression.split(" by (").skip(1).filter_map(|rest| rest.split(')').next()) {
+            for label in labels.split(", ").filter(|label| !["instance", "le"].contains(label)) {
+                let has = |m: &&str| rows[m.trim_end_matches("_bucket")].split('|').nth(3).unwrap().contains(label);
+                assert!(metrics.iter().all(has), "no label {label} in {expression}");
+            }
+        }
+        for kind in expression.split("error=\"").skip(1).filter_map(|rest| rest.split('"').next()) {
+            assert!(ports.contains(&format!("    {kind},\n")), "EC2's errors have no class {kind}: {expression}");
+        }
+        for reasons in expression.split("reason=~\"").skip(1).filter_map(|rest| rest.split('"').next()) {
+            let missing = reasons.split('|').find(|reason| !operating.contains(&format!("| `{reason}` |")));
+            assert_eq!(missing, None, "no such reason: {expression}");
+        }
+    }
+}
+
 /// A link in a document leads somewhere.
 #[test]
 fn links_between_documents_hold() {

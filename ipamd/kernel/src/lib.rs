@@ -24,7 +24,7 @@ pub mod pod;
 mod route;
 mod rule;
 mod ruleset;
-mod sysctl;
+pub mod sysctl;
 mod watch;
 
 pub use address::LinkAddress;

@@ -18,6 +18,9 @@ use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 use crate::error::KernelError;
 
+/// The calling thread's namespace.
+const OWN: &str = "/proc/thread-self/ns/net";
+
 /// A network namespace held open: it lives at least as long as this value.
 #[derive(Debug)]
 pub struct Netns {
@@ -59,7 +62,7 @@ impl Netns {
 
     /// The namespace of the calling thread.
     pub fn current() -> Result<Self, KernelError> {
-        Self::open("/proc/thread-self/ns/net")
+        Self::open(OWN)
     }
 
     pub fn path(&self) -> &Path {
@@ -79,6 +82,13 @@ impl Netns {
     fn enter(&self) -> io::Result<()> {
         Ok(setns(&self.file, CloneFlags::CLONE_NEWNET)?)
     }
+
+    /// Whether the calling thread is in it. Entering needs CAP_SYS_ADMIN even of somebody who is inside already, and the
+    /// daemon, which never leaves its namespace, is to run without.
+    fn is_here(&self) -> io::Result<bool> {
+        let (here, this) = (fs::metadata(OWN)?, self.file.metadata()?);
+        Ok((here.dev(), here.ino()) == (this.dev(), this.ino()))
+    }
 }
 
 impl AsFd for Netns {
@@ -96,7 +106,9 @@ impl AsRawFd for Netns {
 /// Runs a closure inside a namespace, on a thread that lives for this call only, and waits for it.
 pub fn in_netns<T: Send>(netns: &Netns, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     short_lived(|| {
-        netns.enter()?;
+        if !netns.is_here()? {
+            netns.enter()?;
+        }
         work()
     })
 }
@@ -104,7 +116,10 @@ pub fn in_netns<T: Send>(netns: &Netns, work: impl FnOnce() -> io::Result<T> + S
 /// As `in_netns`, on the calling thread, which goes in and comes back: a thread for every socket would be a good part of what
 /// wiring a pod costs. Only for work that neither waits nor starts anything.
 pub(crate) fn visit<T>(netns: &Netns, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let home = File::open("/proc/thread-self/ns/net")?;
+    if netns.is_here()? {
+        return work();
+    }
+    let home = File::open(OWN)?;
     netns.enter()?;
     let _back = Back(home);
     work()
@@ -124,10 +139,10 @@ impl Drop for Back {
 
 /// Makes a new network namespace that has no name: it is gone with this value and the sockets opened in it.
 pub fn unnamed() -> Result<Netns, KernelError> {
-    let path = PathBuf::from("/proc/thread-self/ns/net");
+    let path = PathBuf::from(OWN);
     let made = short_lived(|| {
         unshare(CloneFlags::CLONE_NEWNET)?;
-        File::open("/proc/thread-self/ns/net")
+        File::open(OWN)
     });
     match made {
         Ok(file) => Ok(Netns { file, path }),

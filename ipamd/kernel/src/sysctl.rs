@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
@@ -21,9 +21,14 @@ pub(crate) enum Sysctl {
     ReadOnly,
 }
 
-/// `net/ipv4/ip_forward` and the like.
-fn path(key: &str) -> PathBuf {
-    PathBuf::from("/proc/sys").join(key)
+/// Where a container that is not privileged, and whose own /proc/sys is therefore read-only, has the host's mounted. The
+/// files are of whoever opens them: they show its network namespace, and CAP_NET_ADMIN there is enough to write them.
+const MOUNTED: &str = "/host/proc/sys";
+
+/// The file of `net/ipv4/ip_forward` and the like.
+pub fn path(key: &str) -> PathBuf {
+    let mounted = Path::new(MOUNTED).join(key);
+    if mounted.exists() { mounted } else { Path::new("/proc/sys").join(key) }
 }
 
 /// Gives a sysctl a value, unless it has it. Unknown and read-only ones are reported and not an error.

@@ -1,6 +1,7 @@
 //! Who may do what: credentials, instance roles, and the policies that name actions.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use flatwire_core::ids::{InstanceId, Time};
 use hmac::{Hmac, Mac};
@@ -8,6 +9,7 @@ use sha2::Sha256;
 
 use crate::error::ApiError;
 use crate::filters::wildcard;
+use crate::policy::Policy;
 use crate::sigv4::{self, Claim, SignedRequest};
 
 /// The role of nodes that the lab starts itself; there from the start, with every right.
@@ -42,6 +44,8 @@ pub struct Caller {
     pub user_id: String,
     pub account_id: String,
     pub allow: Option<BTreeSet<String>>,
+    /// Beside `allow`, for what hangs on resources and tags.
+    pub policy: Option<Arc<Policy>>,
 }
 
 impl Caller {
@@ -53,6 +57,7 @@ impl Caller {
             user_id: account_id.to_owned(),
             account_id: account_id.to_owned(),
             allow: None,
+            policy: None,
         }
     }
 
@@ -78,6 +83,7 @@ pub(crate) struct Access {
     account_id: String,
     users: BTreeMap<String, Credentials>,
     roles: BTreeMap<String, Option<BTreeSet<String>>>,
+    policies: BTreeMap<String, Arc<Policy>>,
     /// Handed out to instances; the expired ones are kept as long as someone might still come with them.
     issued: BTreeMap<String, (InstanceId, String, RoleCredentials)>,
 }
@@ -89,6 +95,7 @@ impl Access {
             account_id: account_id.to_owned(),
             users: BTreeMap::new(),
             roles: BTreeMap::from([(NODE_ROLE.to_owned(), None)]),
+            policies: BTreeMap::new(),
             issued: BTreeMap::new(),
         };
         let admin = access.admin();
@@ -111,6 +118,12 @@ impl Access {
 
     pub(crate) fn set_role(&mut self, role: &str, allow: Option<BTreeSet<String>>) {
         self.roles.insert(role.to_owned(), allow);
+        self.policies.remove(role);
+    }
+
+    pub(crate) fn set_policy(&mut self, role: &str, policy: Policy) {
+        self.roles.insert(role.to_owned(), None);
+        self.policies.insert(role.to_owned(), Arc::new(policy));
     }
 
     /// The first so many bytes of a keyed digest, in hexadecimal.
@@ -183,6 +196,7 @@ impl Access {
                 user_id: format!("AROALAB{}:{instance}", self.digest(role, 7).to_uppercase()),
                 account_id: self.account_id.clone(),
                 allow: self.roles.get(role).cloned().unwrap_or(Some(BTreeSet::new())),
+                policy: self.policies.get(role).cloned(),
             };
             let token = Some(credentials.token.clone());
             return Some((credentials.secret.clone(), token, caller, Some(credentials.expires)));
@@ -194,6 +208,7 @@ impl Access {
             user_id: format!("AIDA{}", user.access_key.get(4..).unwrap_or("")),
             account_id: self.account_id.clone(),
             allow: user.allow.clone(),
+            policy: None,
         };
         Some((user.secret.clone(), user.session_token.clone(), caller, None))
     }

@@ -9,12 +9,13 @@ use flatwire_core::ids::{AttachmentId, DeviceIndex, EniId, InstanceId, SecurityG
 use flatwire_core::ports::{CloudRequest, Metadata};
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use crate::access::{Access, Caller, Credentials};
+use crate::access::{Access, Caller, Credentials, unauthorized};
 use crate::actions::{self, Call};
 use crate::error::ApiError;
 use crate::faults::{Injector, Outcome};
 use crate::options::{Buckets, Delays, Faults, Options, UNFILTERED};
 use crate::params::{Params, Reader};
+use crate::policy;
 use crate::sigv4::SignedRequest;
 use crate::state::State;
 use crate::state::eni::{NewEni, Wanted};
@@ -246,6 +247,11 @@ impl Ec2 {
     /// What an instance role may do; `None` allows everything. Holds for credentials handed out before, too.
     pub fn set_role(&self, role: &str, allow: Option<std::collections::BTreeSet<String>>) {
         self.lock().access.set_role(role, allow);
+    }
+
+    /// As `set_role`, by a policy that looks at resources and tags as well.
+    pub fn set_role_policy(&self, role: &str, policy: crate::Policy) {
+        self.lock().access.set_policy(role, policy);
     }
 
     pub fn set_faults(&self, faults: Faults) {
@@ -549,6 +555,13 @@ impl World {
         let unfiltered = UNFILTERED.contains(&name)
             && params.iter().all(|(key, _)| !key.starts_with("Filter.") && !key.contains("Id.") && key != "MaxResults");
         let (action, call) = self.admit(now, caller, name, unfiltered)?;
+        if let Some(policy) = &caller.policy {
+            for asked in policy::asked(&self.state, name, params) {
+                if !policy.allows(&asked) {
+                    return Err(unauthorized(caller, &asked.action));
+                }
+            }
+        }
         let reader = Reader::new(params);
         (action.run)(&mut self.state, &call, &reader)
     }
