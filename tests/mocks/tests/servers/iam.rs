@@ -114,6 +114,7 @@ async fn iam_scoped_to_a_cluster_needs_each_of_its_grants_and_reaches_no_other_c
         subnet: lab.place.subnet.clone(),
         security_groups: vec![lab.place.group.clone()],
         want: Want::Addresses(1),
+        ipv6_prefix: false,
         description: "test".to_owned(),
         tags: BTreeMap::from([(CLUSTER_TAG.to_owned(), cluster.to_owned())]),
         client_token: token.to_owned(),
