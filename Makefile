@@ -36,7 +36,7 @@ planted: ## Plant ten classic bugs one by one in a copy of the code, and have th
 	cargo run --release -q -p lab-sim --bin planted
 
 .PHONY: matrix
-matrix: need-root build ## Every way of a packet beside kube-proxy's rules, in each of its modes, with the pod on a primary and a secondary ENI
+matrix: need-root build ## Every way of a packet beside kube-proxy's rules, in each of its modes, over IPv4 and IPv6, with the pod on a primary and a secondary ENI
 	$(BIN)/lab matrix
 
 .PHONY: crash

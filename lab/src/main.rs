@@ -15,7 +15,7 @@ use lab::ctl::{Control, DaemonAction, Info, NodeSpec, PodInfo, Probe, Request, S
 use lab::demo::Demo;
 use lab::error::{Result, chain};
 use lab::heal::Heal;
-use lab::matrix::{Matrix, Mode};
+use lab::matrix::{Families, Matrix, Mode};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
@@ -80,6 +80,9 @@ enum Verb {
     },
     /// Rules of the shapes kube-proxy makes on two nodes, traffic through all of them, and whom each far side saw.
     Matrix {
+        /// What addresses pods have: IPv4, both, or IPv6 alone.
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "v4,dual,v6")]
+        families: Vec<Families>,
         #[arg(long, value_enum, value_delimiter = ',', default_value = "legacy,nft,nftables")]
         modes: Vec<Mode>,
         #[arg(long, env = "FLATWIRE_BIN_DIR")]
@@ -341,9 +344,9 @@ fn run(verb: Verb) -> Result<u8> {
             let good = lab::demo::run(&Demo { pods, nodes, bin_dir, name })?;
             return Ok(u8::from(!good));
         }
-        Verb::Matrix { modes, bin_dir, name, env } => {
+        Verb::Matrix { families, modes, bin_dir, name, env } => {
             let env = env.into_iter().collect();
-            let good = lab::matrix::run(&Matrix { modes, bin_dir, name, env })?;
+            let good = lab::matrix::run(&Matrix { families, modes, bin_dir, name, env })?;
             return Ok(u8::from(!good));
         }
         Verb::Heal { bin_dir, name, only, json } => {

@@ -81,10 +81,14 @@ fn python(lab: &Lab, place: &str, script: &str) -> String {
 
 #[test]
 fn every_way_works_beside_kube_proxy_in_each_of_its_modes() {
+    let everything = ["IPv4, over IPv4", "dual stack, over IPv4", "dual stack, over IPv6", "IPv6 only, over IPv6"];
     // The mark is another one in the second run, so that it is honoured by packets too.
-    for (modes, mark) in [("legacy,nft,nftables", "0x80"), ("nft", "0x1001")] {
+    for (families, modes, mark, tables) in [
+        ("v4,dual,v6", "legacy,nft,nftables", "0x80", everything.as_slice()),
+        ("dual", "nft", "0x1001", &everything[1..3]),
+    ] {
         let output = Command::new(binary("lab"))
-            .args(["matrix", "--modes", modes, "--name", &name("matrix")])
+            .args(["matrix", "--families", families, "--modes", modes, "--name", &name("matrix")])
             .args(["--env", &format!("AWS_VPC_K8S_CNI_CONNMARK={mark}"), "--bin-dir"])
             .arg(programs())
             .output()
@@ -92,6 +96,8 @@ fn every_way_works_beside_kube_proxy_in_each_of_its_modes() {
         let said = String::from_utf8_lossy(&output.stdout);
         println!("{said}");
         assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+        let titles: Vec<&str> = said.lines().filter(|line| everything.contains(line)).collect();
+        assert_eq!(titles, tables, "{said}");
         assert!(said.lines().last().unwrap_or_default().starts_with("matrix: passed="), "{said}");
     }
 }

@@ -1,10 +1,10 @@
-//! Services as kube-proxy makes them known to the kernel, in each of its modes: the chains, marks and priorities are its,
-//! so that what stands beside them meets them as it would on a node.
+//! Services as kube-proxy makes them known to the kernel, in each of its modes and for either family: the chains, marks and
+//! priorities are its, so that what stands beside them meets them as it would on a node.
 //!
 //! It makes text for `iptables-restore` and `nft`; it installs nothing.
 
 use std::fmt::Write as _;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
 use clap::ValueEnum;
 
@@ -19,6 +19,41 @@ pub enum Mode {
     Nftables,
 }
 
+/// What kube-proxy has rules for, each apart: it keeps the families in tables of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+
+    pub fn has(self, address: IpAddr) -> bool {
+        address.is_ipv6() == (self == Self::V6)
+    }
+
+    fn iptables(self) -> &'static str {
+        match self {
+            Self::V4 => "iptables",
+            Self::V6 => "ip6tables",
+        }
+    }
+
+    /// nft's words: of tables and of what it matches in packets, and the type of an address.
+    fn nft(self) -> (&'static str, &'static str) {
+        match self {
+            Self::V4 => ("ip", "ipv4_addr"),
+            Self::V6 => ("ip6", "ipv6_addr"),
+        }
+    }
+}
+
 /// Port of every ClusterIP.
 pub const SERVICE_PORT: u16 = 80;
 
@@ -27,18 +62,18 @@ pub const SERVICE_PORT: u16 = 80;
 pub struct Service {
     /// Unique, and short enough for the name of a chain.
     pub name: String,
-    pub cluster_ip: Ipv4Addr,
+    pub cluster_ip: IpAddr,
     pub node_port: u16,
     /// externalTrafficPolicy is Local.
     pub local: bool,
-    pub endpoint: SocketAddrV4,
+    pub endpoint: SocketAddr,
     /// The node on which the endpoint is, if it is on one.
     pub node: Option<String>,
 }
 
 impl Service {
-    pub fn address(&self) -> SocketAddrV4 {
-        SocketAddrV4::new(self.cluster_ip, SERVICE_PORT)
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.cluster_ip, SERVICE_PORT)
     }
 }
 
@@ -54,36 +89,37 @@ impl Mode {
     }
 
     /// A command that succeeds where this mode can be had.
-    pub fn trial(self) -> &'static str {
-        match self {
-            Self::Legacy => "iptables-legacy -w -t nat -S && iptables-legacy -w -t filter -S",
-            Self::Nft => "iptables-nft -w -t nat -S && iptables-nft -w -t filter -S",
-            Self::Nftables => "nft list tables",
+    pub fn trial(self, family: Family) -> String {
+        match self.iptables(family) {
+            Some(program) => format!("{program} -w -t nat -S && {program} -w -t filter -S"),
+            None => "nft list tables".to_owned(),
         }
     }
 
     /// The shell command that makes the Services known on a node.
-    pub fn install(self, node: &str, services: &[Service]) -> String {
-        let (program, text) = match self {
-            Self::Legacy => ("iptables-legacy-restore -w --noflush", iptables(node, services)),
-            Self::Nft => ("iptables-nft-restore -w --noflush", iptables(node, services)),
-            Self::Nftables => ("nft -f -", nftables(node, services)),
+    pub fn install(self, family: Family, node: &str, services: &[Service]) -> String {
+        let (program, text) = match self.iptables(family) {
+            Some(program) => (format!("{program}-restore -w --noflush"), iptables(node, services)),
+            None => ("nft -f -".to_owned(), nftables(family, node, services)),
         };
         format!("{program} <<'END'\n{text}END\n")
     }
 
     /// The shell command that takes them away again, and nothing else.
-    pub fn remove(self) -> String {
-        let iptables = |backend: &str| {
-            // Flushed whole: nobody else uses iptables on a node of the lab.
-            let tables = ["nat", "filter"]
-                .map(|table| format!("iptables-{backend} -w -t {table} -F && iptables-{backend} -w -t {table} -X"));
-            tables.join(" && ")
+    pub fn remove(self, family: Family) -> String {
+        let Some(program) = self.iptables(family) else {
+            return format!("nft delete table {} kube-proxy", family.nft().0);
         };
+        // Flushed whole: nobody else uses iptables on a node of the lab.
+        let tables = ["nat", "filter"].map(|table| format!("{program} -w -t {table} -F && {program} -w -t {table} -X"));
+        tables.join(" && ")
+    }
+
+    fn iptables(self, family: Family) -> Option<String> {
         match self {
-            Self::Legacy => iptables("legacy"),
-            Self::Nft => iptables("nft"),
-            Self::Nftables => "nft delete table ip kube-proxy".to_owned(),
+            Self::Legacy => Some(format!("{}-legacy", family.iptables())),
+            Self::Nft => Some(format!("{}-nft", family.iptables())),
+            Self::Nftables => None,
         }
     }
 }
@@ -113,11 +149,9 @@ fn iptables(node: &str, services: &[Service]) -> String {
             for name in [&svc, &sep, &ext, &svl] {
                 chain(name);
             }
-            say(format!(
-                "KUBE-SERVICES -d {cluster_ip}/32 -p {protocol} -m {protocol} --dport {SERVICE_PORT} -j {svc}"
-            ));
+            say(format!("KUBE-SERVICES -d {cluster_ip} -p {protocol} -m {protocol} --dport {SERVICE_PORT} -j {svc}"));
             say(format!("{svc} -j {sep}"));
-            say(format!("{sep} -s {}/32 -j KUBE-MARK-MASQ", endpoint.ip()));
+            say(format!("{sep} -s {} -j KUBE-MARK-MASQ", endpoint.ip()));
             say(format!("{sep} -p {protocol} -m {protocol} -j DNAT --to-destination {endpoint}"));
             say(format!("KUBE-NODEPORTS -p {protocol} -m {protocol} --dport {node_port} -j {ext}"));
             if !service.local {
@@ -152,7 +186,8 @@ fn iptables(node: &str, services: &[Service]) -> String {
 }
 
 /// Maps from addresses and ports to a chain per Service, and one per endpoint.
-fn nftables(node: &str, services: &[Service]) -> String {
+fn nftables(family: Family, node: &str, services: &[Service]) -> String {
+    let (ip, address) = family.nft();
     let (mut ips, mut node_ports, mut silent, mut chains) = (Vec::new(), Vec::new(), Vec::new(), String::new());
     for service in services {
         for protocol in PROTOCOLS {
@@ -175,7 +210,7 @@ fn nftables(node: &str, services: &[Service]) -> String {
                 }
             };
             chains.push_str(&format!(
-                " chain endpoint-{id} {{\n ip saddr {} jump mark-for-masquerade\n meta l4proto {protocol} dnat to {endpoint}\n }}\n\
+                " chain endpoint-{id} {{\n {ip} saddr {} jump mark-for-masquerade\n meta l4proto {protocol} dnat to {endpoint}\n }}\n\
                  chain service-{id} {{\n numgen random mod 1 vmap {{ 0 : goto endpoint-{id} }}\n }}\n\
                  chain external-{id} {{\n {external}\n }}\n",
                 endpoint.ip()
@@ -187,13 +222,13 @@ fn nftables(node: &str, services: &[Service]) -> String {
         false => format!("elements = {{ {} }}", entries.join(", ")),
     };
     format!(
-        "table ip kube-proxy {{
+        "table {ip} kube-proxy {{
  chain mark-for-masquerade {{
   meta mark set meta mark | 0x4000
  }}
 {chains}
  map service-ips {{
-  type ipv4_addr . inet_proto . inet_service : verdict
+  type {address} . inet_proto . inet_service : verdict
   {}
  }}
  map service-nodeports {{
@@ -205,7 +240,7 @@ fn nftables(node: &str, services: &[Service]) -> String {
   {}
  }}
  chain services {{
-  ip daddr . meta l4proto . th dport vmap @service-ips
+  {ip} daddr . meta l4proto . th dport vmap @service-ips
   fib daddr type local meta l4proto . th dport vmap @service-nodeports
  }}
  chain masquerading {{
