@@ -98,7 +98,7 @@ async fn all(config: &Config) -> anyhow::Result<Vec<Check>> {
         return Ok(checks);
     }
     progress("asking EC2 what this node may do…");
-    checks.extend(permissions(cloud.permissions().await, &config.settings));
+    checks.extend(permissions(cloud.permissions(config.settings.families.has_v6()).await, &config.settings));
     Ok(checks)
 }
 
@@ -305,6 +305,7 @@ fn permission(permission: Permission, settings: &Settings) -> Check {
         "UnassignPrivateIpAddresses" | "DetachNetworkInterface" | "DeleteNetworkInterface" => {
             (settings.provisioning, "nothing is given back")
         }
+        "AssignIpv6Addresses" => (settings.provisioning, "ENIs get no IPv6 prefix, and pods on them no address"),
         _ => (settings.provisioning, "the pool cannot grow"),
     };
     let verdict = if needed { Verdict::Fail } else { Verdict::Warn };

@@ -23,14 +23,15 @@ fn policy(name: &str) -> BTreeSet<String> {
     actions.map(|action| action.as_str().unwrap().to_owned()).collect()
 }
 
-/// A node that was launched with one prefix, and a daemon with these settings.
+/// A node of this kind (`type:prefixes`), and a daemon with these settings.
 fn start(env: &[(&str, &str)], node: &str) -> Lab {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = format!("iam-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let bin_dir = binary("ipamd").parent().map(Path::to_owned);
     let _ = binary("aws-cni");
     let env: BTreeMap<String, String> = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-    let spec = Spec { name, nodes: vec![node.parse().unwrap()], bin_dir, env, ..Spec::default() };
+    let ipv6 = env.contains_key("ENABLE_IPv6");
+    let spec = Spec { name, nodes: vec![node.parse().unwrap()], ipv6, bin_dir, env, ..Spec::default() };
     Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
 }
 
@@ -86,4 +87,13 @@ fn a_daemon_that_grows_and_shrinks_calls_what_its_policy_allows() {
     for action in ["AssignPrivateIpAddresses", "AttachNetworkInterface", "CreateNetworkInterface"] {
         assert!(called.contains(&format!("ec2:{action}")), "the node never grew: {called:?}");
     }
+}
+
+#[test]
+fn a_daemon_with_pods_of_both_families_calls_what_its_policy_allows() {
+    let mut lab = start(&[("CLUSTER_NAME", "demo"), ("IP_COOLDOWN_PERIOD", "1"), ("ENABLE_IPv6", "true")], "m5.large");
+    live(&mut lab, 14);
+    let (called, allowed) = (called(&mut lab), policy("policy-ipv6.json"));
+    assert!(called.is_subset(&allowed), "{called:?} and {allowed:?}");
+    assert!(called.contains("ec2:AssignIpv6Addresses"), "{called:?}");
 }

@@ -25,7 +25,7 @@ use flatwire_core::ports::{Cloud, CloudError, CloudReply, CloudRequest};
 use crate::client::Ec2;
 pub use crate::client::{Config, ConfigError};
 use crate::imds::Imds;
-pub use crate::preflight::{ACTIONS, MetadataOptions, MetadataService, Permission, PermissionOutcome};
+pub use crate::preflight::{ACTIONS, IPV6_ACTION, MetadataOptions, MetadataService, Permission, PermissionOutcome};
 
 /// Hears of every finished call; metrics hang here.
 pub trait CallObserver: Send + Sync + 'static {

@@ -36,6 +36,8 @@ pub const ACTIONS: [&str; 11] = [
     "ModifyNetworkInterfaceAttribute",
     "UnassignPrivateIpAddresses",
 ];
+/// Called besides where pods have IPv6 addresses.
+pub const IPV6_ACTION: &str = "AssignIpv6Addresses";
 const PARALLEL_PROBES: usize = 4;
 
 /// Whether this node may call one action.
@@ -90,9 +92,10 @@ struct Subject {
 
 impl AwsCloud {
     /// For each EC2 action the daemon uses, whether this node may call it. Changes nothing; as many calls as actions.
-    pub async fn permissions(&self) -> Vec<Permission> {
+    pub async fn permissions(&self, ipv6: bool) -> Vec<Permission> {
         let subject = self.in_time("DescribeNetworkInterfaces", self.subject()).await;
-        let probes = stream::iter(ACTIONS).map(|action| {
+        let actions = ACTIONS.into_iter().chain(ipv6.then_some(IPV6_ACTION));
+        let probes = stream::iter(actions).map(|action| {
             let subject = &subject;
             async move {
                 let probe = async { Ok(probe(self.ec2.client(action).await?, action, subject.as_ref()).await) };
@@ -216,6 +219,11 @@ async fn probe_change(ec2: &Client, action: &'static str, subject: &Subject) -> 
         "AssignPrivateIpAddresses" => {
             let call = ec2.assign_private_ip_addresses().network_interface_id(eni);
             let call = call.private_ip_addresses(subject.reserved.to_string()).customize();
+            outcome(action, "InvalidParameterValue", call.config_override(once()).send().await)
+        }
+        IPV6_ACTION => {
+            // Of no subnet, so it is refused behind the policies.
+            let call = ec2.assign_ipv6_addresses().network_interface_id(eni).ipv6_addresses("fe80::1").customize();
             outcome(action, "InvalidParameterValue", call.config_override(once()).send().await)
         }
         "UnassignPrivateIpAddresses" => {

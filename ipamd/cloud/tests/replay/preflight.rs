@@ -63,7 +63,12 @@ fn bench(
 
 impl Bench {
     async fn outcomes(&self) -> BTreeMap<&'static str, Outcome> {
-        self.cloud.permissions().await.into_iter().map(|permission| (permission.action, permission.outcome)).collect()
+        self.cloud
+            .permissions(false)
+            .await
+            .into_iter()
+            .map(|permission| (permission.action, permission.outcome))
+            .collect()
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use flatwire_cloud::ACTIONS;
+use flatwire_cloud::{ACTIONS, IPV6_ACTION, PermissionOutcome};
 use flatwire_core::ids::DeviceIndex;
 use flatwire_core::ports::{Cloud, CloudErrorKind, CloudReply, CloudRequest, Want};
 use flatwire_mock_tests::root;
@@ -48,6 +48,30 @@ async fn iam_ipv4_needs_each_of_its_actions_and_no_other() {
         println!("iam: policy-ipv4.json without {action}: refused");
     }
     println!("iam: policy-ipv4.json actions={}", whole.len());
+}
+
+/// IPv6 takes one action more, in dual stack and alone: without it the IPv4 policy's life goes on, and no ENI gets its /80.
+#[tokio::test]
+async fn iam_ipv6_needs_one_action_more() {
+    let (whole, lesser) = (policy("policy-ipv6.json"), policy("policy-ipv4.json"));
+    let action = format!("ec2:{IPV6_ACTION}");
+    assert_eq!(whole.difference(&lesser).collect::<Vec<_>>(), [&action]);
+    assert!(lesser.is_subset(&whole));
+    for (allowed, refused) in [(&whole, None), (&lesser, Some(CloudErrorKind::Denied))] {
+        let lab = under(allowed).await;
+        let (vpc, subnet) = (lab.place.vpc.clone(), lab.place.subnet.clone());
+        let block = lab.ec2.give_vpc_ipv6(wall_clock(), &vpc).unwrap();
+        let block = block.subnets(64).unwrap().next().unwrap();
+        lab.ec2.give_subnet_ipv6(wall_clock(), &subnet, block).unwrap();
+        let eni = lab.ec2.view(wall_clock()).enis[0].id.clone();
+        let answer = lab.cloud.call(CloudRequest::AssignIpv6Prefix { eni, prefix: None }).await;
+        assert_eq!(answer.as_ref().err().map(|error| error.kind), refused, "{answer:?}");
+        let asked = lab.cloud.permissions(true).await;
+        let allowed = asked.iter().find(|permission| permission.action == IPV6_ACTION).unwrap();
+        assert_eq!(allowed.outcome == PermissionOutcome::Allowed, refused.is_none(), "{allowed:?}");
+    }
+    println!("iam: policy-ipv6.json without {action}: refused");
+    println!("iam: policy-ipv6.json actions={}", whole.len());
 }
 
 /// A node that keeps what it was launched with reads two things: what EC2 shows of it, and what a type can carry that ipamd's

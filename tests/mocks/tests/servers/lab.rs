@@ -134,7 +134,7 @@ async fn a_preflight_names_the_action_that_the_policy_lacks() {
         let known = missing.is_none_or(|action| allowed.remove(&format!("ec2:{action}")));
         assert!(known, "the policy does not name {missing:?}");
         lab.ec2.set_role(NODE_ROLE, Some(allowed));
-        for permission in lab.cloud.permissions().await {
+        for permission in lab.cloud.permissions(false).await {
             let action = permission.action;
             match permission.outcome {
                 PermissionOutcome::Allowed => assert_ne!(Some(action), missing),
