@@ -87,9 +87,11 @@ pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]
         .set(Set::addresses(NO_SNAT).networks(excluded))
         .set(Set::addresses(VPC).networks(plan.vpc.iter().copied()))
         .set(Set::addresses(PEERED).networks(peered(plan)))
-        .set(Set::addresses(EGRESS_SET).networks(egress(plan).then_some(EGRESS)))
         .map(Map::to_chains(POD_ENI, sources(plan)))
         .map(Map::of_marks(WAY_BACK, ways.chain([(marks.primary, RESTORE_PRIMARY.to_owned())])));
+    if egress(plan) {
+        table = table.set(Set::addresses(EGRESS_SET).networks([EGRESS]));
+    }
     if plan.node_port {
         table = came_in(table, plan, primary, links);
     }

@@ -5,6 +5,7 @@ mod common;
 use std::path::Path;
 
 use common::{add_netns, await_carrier, exchange, in_testbed, sh, udp_in, v4};
+use flatwire_core::families::Families;
 use flatwire_core::ids::{EniId, RouteTable};
 use flatwire_core::netplan::{EniPlan, Look, NodePlan, PortChoice, PrimaryPlan, Snat};
 use flatwire_core::ports::Kernel;
@@ -75,7 +76,7 @@ type Variant = (&'static str, fn(&mut NodePlan));
 
 #[test]
 fn the_nodes_table_is_the_golden_one() {
-    let variants: [Variant; 3] = [
+    let variants: [Variant; 5] = [
         ("to-primary", |_| {}),
         ("external", |plan| {
             plan.snat = Snat::External;
@@ -84,6 +85,16 @@ fn the_nodes_table_is_the_golden_one() {
         ("exclude-all", |plan| {
             plan.snat = Snat::ToPrimary(PortChoice::Keep);
             plan.exclude_snat = vec!["0.0.0.0/0".parse().expect("a net")];
+            plan.enis.clear();
+        }),
+        ("dual-stack", |plan| {
+            plan.families = Families::Dual;
+            for (eni, prefix) in plan.enis.iter_mut().zip(["2001:db8:0:1:a::/80", "2001:db8:0:1:b::/80"]) {
+                eni.sources.insert(prefix.parse().expect("a net"));
+            }
+        }),
+        ("ipv6-with-egress", |plan| {
+            plan.families = Families::V6 { egress: true };
             plan.enis.clear();
         }),
     ];
