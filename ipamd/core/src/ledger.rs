@@ -278,6 +278,14 @@ impl LedgerState {
         state
     }
 
+    /// How many records `as_records` makes, or a few more, without making them: this is asked with every pod.
+    pub fn record_count(&self) -> usize {
+        let unseen: usize = self.unseen.values().map(BTreeMap::len).sum();
+        let enis = self.forgotten.len() + self.enis.len() + self.enis_unseen.len() + self.creations.len();
+        let slots = self.slots.len() + self.releasing.len() + unseen + self.given_up.len();
+        usize::from(self.node.is_some()) + enis + slots + self.freed.len() + self.pods.len()
+    }
+
     /// The shortest journal that says the same: what a snapshot holds. Only the rest of addresses that no ENI holds any more
     /// is left out. What is gone comes before what is there, so that no record takes back what an earlier one says.
     pub fn as_records(&self) -> Vec<Record> {

@@ -58,6 +58,10 @@ pub fn pick(
                 Occupancy::Free => {
                     let key = (freed.get(&address).copied().unwrap_or_default(), address);
                     free = Some(free.map_or(key, |f| f.min(key)));
+                    // Nothing comes before what nobody has ever had; how dense a /80 is decides nothing.
+                    if key.0 == Time::default() && address.is_ipv6() {
+                        break;
+                    }
                 }
                 Occupancy::Cooling(at) => {
                     if coolest.is_none_or(|(t, a, _)| (at, address) < (t, a)) {

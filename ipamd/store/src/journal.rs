@@ -101,7 +101,7 @@ impl Journal {
 
     /// Longer than what it says warrants: time to compact.
     pub fn is_long(&self, state: &LedgerState) -> bool {
-        self.lines >= state.as_records().len() + COMPACT_AFTER
+        self.lines >= state.record_count() + COMPACT_AFTER
     }
 
     /// Rewrites the journal to its shortest form.

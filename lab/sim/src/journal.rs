@@ -56,13 +56,10 @@ impl Journal {
 
     /// Rewrites the journal to its shortest form when it has grown long. The rename is atomic.
     pub fn compact_if_long(&mut self, state: &LedgerState) -> bool {
-        if self.lines < COMPACT_AFTER || self.full {
+        if self.full || self.lines < state.record_count() + COMPACT_AFTER {
             return false;
         }
         let records = state.as_records();
-        if self.lines < records.len() + COMPACT_AFTER {
-            return false;
-        }
         self.bytes = (format::header() + &format::encode(&records)).into_bytes();
         self.lines = records.len();
         true

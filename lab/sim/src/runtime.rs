@@ -10,7 +10,9 @@ use std::net::IpAddr;
 use flatwire_core::ids::{EniId, PodName, SandboxId, Time};
 use flatwire_core::ledger::Allocation;
 use flatwire_core::naming::host_if_name;
+use flatwire_core::pick::slot_of;
 use flatwire_core::pool::{Event, RequestId};
+use ipnet::IpNet;
 
 use crate::dice::Dice;
 use crate::kernel::SandboxNo;
@@ -92,6 +94,12 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
+    /// Its address is in one of these slots of its ENI.
+    pub fn is_routed(&self, by_eni: &BTreeMap<EniId, BTreeSet<IpNet>>) -> bool {
+        let slots = self.eni.as_ref().and_then(|eni| by_eni.get(eni));
+        slots.zip(self.address).is_some_and(|(slots, address)| slot_of(slots, &address).is_some())
+    }
+
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
         self.address.into_iter().chain(self.second)
     }
@@ -476,11 +484,10 @@ impl<P: Policy> Node<P> {
 
     /// Pods that have no network any more are deleted: those without a link or route, and those whose address EC2 does
     /// not route to their ENI.
-    pub fn delete_wrecks(&mut self, routed: &BTreeSet<(EniId, IpAddr)>, now: Time) {
+    pub fn delete_wrecks(&mut self, routed: &BTreeMap<EniId, BTreeSet<IpNet>>, now: Time) {
         let whole = |number: SandboxNo| {
             let sandbox = self.runtime.sandboxes.get(&number)?;
-            let place = (sandbox.eni.clone()?, sandbox.address?);
-            Some(routed.contains(&place) && self.kernel.routes.get(&place.1) == Some(&number))
+            Some(sandbox.is_routed(routed) && self.kernel.routes.get(&sandbox.address?) == Some(&number))
         };
         let wrecked = |pod: &Pod| pod.running && !pod.sandbox.and_then(whole).unwrap_or(false);
         let wrecks: Vec<u32> = self.runtime.pods.iter().filter(|(_, pod)| wrecked(pod)).map(|(n, _)| *n).collect();

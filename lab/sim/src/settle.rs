@@ -254,15 +254,9 @@ impl<P: Policy> World<P> {
         })
     }
 
-    /// Addresses that EC2 routes to pods of this node, with the ENI of each.
-    pub(crate) fn routed(&self) -> BTreeSet<(EniId, IpAddr)> {
-        self.with_enis_here(|enis| {
-            let slots = enis.iter().flat_map(|eni| slots(eni).map(|slot| (eni.id.clone(), slot)));
-            let each = |(eni, slot): (EniId, IpNet)| {
-                flatwire_core::pick::addresses(&slot).map(move |address| (eni.clone(), address))
-            };
-            slots.flat_map(each).collect()
-        })
+    /// What EC2 routes to pods of this node, by ENI.
+    pub(crate) fn routed(&self) -> BTreeMap<EniId, BTreeSet<IpNet>> {
+        self.with_enis_here(|enis| enis.iter().map(|eni| (eni.id.clone(), slots(eni).collect())).collect())
     }
 }
 

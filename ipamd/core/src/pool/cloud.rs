@@ -406,7 +406,7 @@ impl Pool {
     /// A change of the ENI is under way, or the outcome of the last one is not known yet.
     pub(super) fn is_changing(&self, eni: &EniId) -> bool {
         let unread = self.live.get(eni).is_some_and(|live| live.read_due);
-        unread || self.under_way(|op| op.changes() == Some(eni) || *op == Op::ReadBack(eni.clone()))
+        unread || self.under_way(|op| op.changes() == Some(eni) || matches!(op, Op::ReadBack(id) if id == eni))
     }
 
     /// Old enough to be visible if it were there, and nothing lives on it: somebody else has deleted it.

@@ -314,13 +314,14 @@ impl Pool {
             let held = held.filter(|slot| matches!(slot, IpNet::V4(_))).count();
             let free_slots = frame.slots_per_eni.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
             let busy = self.is_changing(&eni.id);
-            let rests = self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone()));
+            let rests = !self.setbacks.is_empty()
+                && (self.rests(&Subject::Eni(eni.id.clone())) || self.rests(&Subject::Subnet(eni.subnet.clone())));
             let refused = rests || denied || self.is_stuck(&eni.id, now);
             // What came of its last call is not known yet: asked again it might be given twice.
             let unread = live.read_due || self.under_way(|op| matches!(op, Op::ReadBack(id) if *id == eni.id));
             let waits =
                 busy || unread || throttled || self.is_being_sounded(&eni.subnet) || eni.progress == Progress::Created;
-            let singles_only = self.rests(&Subject::EniPrefixes(eni.id.clone()));
+            let singles_only = !self.setbacks.is_empty() && self.rests(&Subject::EniPrefixes(eni.id.clone()));
             if waits && !refused {
                 let size = if singles_only { 1 } else { frame.slot_size() };
                 later += free_slots.saturating_sub(self.slots_coming_to(&eni.id)) * size;

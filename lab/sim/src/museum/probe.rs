@@ -83,10 +83,7 @@ impl Seen {
         self.waiting = node.runtime.pods.iter().filter(|(number, pod)| !pod.running && waits(number)).count();
         self.calls = world.tally.cloud.clone();
         let routed = world.routed();
-        let dark = |sandbox: &&Sandbox| {
-            let place = sandbox.eni.clone().zip(sandbox.address);
-            sandbox.wired && place.is_some_and(|place| !routed.contains(&place))
-        };
+        let dark = |sandbox: &&Sandbox| sandbox.wired && sandbox.address.is_some() && !sandbox.is_routed(&routed);
         self.dark = node.runtime.sandboxes.values().filter(dark).count();
         self.leaked = world.ec2.with_enis(world.now, |enis| {
             enis.values().filter(|eni| eni.tags.contains_key(TAG_INSTANCE) && eni.attachment.is_none()).count()
