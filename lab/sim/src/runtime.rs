@@ -94,10 +94,11 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Its address is in one of these slots of its ENI.
+    /// Its addresses are in these slots of its ENI; the one for egress is in none and needs none.
     pub fn is_routed(&self, by_eni: &BTreeMap<EniId, BTreeSet<IpNet>>) -> bool {
+        let of_ec2 = self.address.into_iter().chain(self.second.filter(IpAddr::is_ipv6));
         let slots = self.eni.as_ref().and_then(|eni| by_eni.get(eni));
-        slots.zip(self.address).is_some_and(|(slots, address)| slot_of(slots, &address).is_some())
+        slots.is_some_and(|slots| { of_ec2 }.all(|address| slot_of(slots, &address).is_some()))
     }
 
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
