@@ -1,9 +1,9 @@
 //! What one call is about: whose pod, the names of its links, and the two ways to learn its interfaces: from ipamd's
 //! answer (ADD) and from the result an ADD wrote earlier (DEL, CHECK), be it ours or the add-on's.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
-use flatwire_kernel::pod::host_if_name;
+use flatwire_kernel::pod::{gateway, host_if_name};
 use flatwire_proto::IpAllocationMetadata;
 use serde_json::{Map, Value};
 
@@ -82,14 +82,6 @@ pub fn gateway_index(if_name: &str, position: u8) -> u8 {
     number.filter(|number| usize::from(*number) < MAX_INTERFACES).unwrap_or(0).saturating_add(position)
 }
 
-/// The address the pod sees as its gateway on interface `index`; nothing carries it, a permanent neighbour answers.
-fn gateway(address: IpAddr, index: u8) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => Ipv4Addr::new(169, 254, 1, index.saturating_add(1)).into(),
-        IpAddr::V6(_) => Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, u16::from(index) + 1).into(),
-    }
-}
-
 /// One interface of a pod as ipamd granted it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Granted {
@@ -109,10 +101,15 @@ impl Granted {
     }
 }
 
+/// The addresses of an entry of ipamd's, as they stand there, the pod's own first.
+fn texts(entry: &IpAllocationMetadata) -> impl Iterator<Item = &str> {
+    let all = [&entry.ipv4_addr, &entry.ipv6_addr, &entry.egress_ipv4_addr];
+    all.into_iter().map(String::as_str).filter(|text| !text.is_empty())
+}
+
 /// Every address of an entry of ipamd's; what is none is left out.
 pub fn addresses(entry: &IpAllocationMetadata) -> Vec<IpAddr> {
-    let texts = [&entry.ipv4_addr, &entry.ipv6_addr, &entry.egress_ipv4_addr];
-    texts.into_iter().filter_map(|text| text.parse().ok()).collect()
+    texts(entry).filter_map(|text| text.parse().ok()).collect()
 }
 
 /// Turns ipamd's answer into interfaces. An address that does not parse is an error: it cannot be wired.
@@ -126,11 +123,8 @@ pub fn granted(call: &Call, prefix: &str, metadata: &[IpAllocationMetadata]) -> 
     }
     let names = Names::of(call);
     let one = |(position, entry): (u8, &IpAllocationMetadata)| {
-        let given = [&entry.ipv4_addr, &entry.ipv6_addr, &entry.egress_ipv4_addr];
-        let mut given = given
-            .into_iter()
-            .filter(|text| !text.is_empty())
-            .map(|text| text.parse::<IpAddr>().map_err(|_| nonsense(format!("{text:?}, which is not an address"))));
+        let parse = |text: &str| text.parse().map_err(|_| nonsense(format!("{text:?}, which is not an address")));
+        let mut given = texts(entry).map(parse);
         let address = given.next().unwrap_or_else(|| Err(nonsense("an interface without an address".into())))?;
         let second = given.next().transpose()?;
         Ok(Granted {

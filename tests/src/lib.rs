@@ -4,6 +4,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use lab::api::element;
+use lab::client::Lab;
 
 /// The path of one of our programs, ready to run.
 ///
@@ -39,4 +43,41 @@ fn build(name: &str) -> PathBuf {
         message["executable"].as_str().filter(|_| of_this).map(PathBuf::from)
     });
     executable.unwrap_or_else(|| panic!("cargo built {name} but named no executable"))
+}
+
+/// Waits for a condition, half a minute at most.
+///
+/// # Panics
+///
+/// If it does not come.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}: not within 30 s");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A group of its own in the lab's VPC, with no rule for what comes in.
+///
+/// # Panics
+///
+/// If the lab's EC2 refuses.
+pub fn closed_group(lab: &Lab, name: &str) -> String {
+    let vpc = lab.info().vpc.id.clone();
+    let parameters = [("GroupName", name), ("GroupDescription", "a test's"), ("VpcId", vpc.as_str())];
+    element(&lab.ec2().call("CreateSecurityGroup", &parameters).unwrap(), "groupId").unwrap()
+}
+
+/// One permission more or less of a group, by the EC2 action.
+///
+/// # Panics
+///
+/// If the lab's EC2 refuses.
+pub fn change_group(lab: &Lab, action: &str, group: &str, permission: &[(&str, &str)]) {
+    let named: Vec<(String, &str)> =
+        permission.iter().map(|(name, value)| (format!("IpPermissions.1.{name}"), *value)).collect();
+    let mut parameters = vec![("GroupId", group)];
+    parameters.extend(named.iter().map(|(name, value)| (name.as_str(), *value)));
+    lab.ec2().call(action, &parameters).unwrap();
 }

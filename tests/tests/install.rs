@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use flatwire_tests::binary;
+use flatwire_tests::{binary, eventually};
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Spec};
 
@@ -71,14 +71,6 @@ fn start(programs: &Path) -> Lab {
     let nodes = vec!["m5.large".parse().unwrap()];
     let spec = Spec { name, nodes, bin_dir: Some(programs.to_owned()), ..Spec::default() };
     Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
-}
-
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within 30 s");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 fn on_node(lab: &Lab, command: &[&str]) -> (i32, String) {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use flatwire_tests::binary;
+use flatwire_tests::{binary, change_group, closed_group};
 use lab::api::element;
 use lab::boot;
 use lab::client::Lab;
@@ -354,21 +354,6 @@ fn the_internet_sees_public_addresses_and_nothing_private() {
     lab.run("node-1", &["ip", "route", "add", &server, "via", "10.0.0.1", "dev", "eth0", "src", &address]).unwrap();
     assert!(!answers(&mut lab, "node-1", "internet"));
     assert!(drops(&mut lab).no_public > 0);
-}
-
-/// A group of its own, with no rule for what comes in.
-fn closed_group(lab: &Lab, name: &str) -> String {
-    let vpc = lab.info().vpc.id.clone();
-    let parameters = [("GroupName", name), ("GroupDescription", "a test's"), ("VpcId", vpc.as_str())];
-    element(&lab.ec2().call("CreateSecurityGroup", &parameters).unwrap(), "groupId").unwrap()
-}
-
-fn change_group(lab: &Lab, action: &str, group: &str, permission: &[(&str, &str)]) {
-    let named: Vec<(String, &str)> =
-        permission.iter().map(|(name, value)| (format!("IpPermissions.1.{name}"), *value)).collect();
-    let mut parameters = vec![("GroupId", group)];
-    parameters.extend(named.iter().map(|(name, value)| (name.as_str(), *value)));
-    lab.ec2().call(action, &parameters).unwrap();
 }
 
 #[test]

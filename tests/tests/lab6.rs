@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use flatwire_tests::binary;
+use flatwire_tests::{binary, change_group, closed_group};
 use ipnet::Ipv6Net;
 use lab::api::element;
 use lab::client::Lab;
@@ -208,21 +208,6 @@ fn a_source_that_the_eni_does_not_hold_is_dropped_and_counted() {
     lab.ec2().call("ModifyNetworkInterfaceAttribute", &parameters).unwrap();
     assert_eq!(heard(&mut lab, "node-1", "node-2"), NOTHING, "the way back leads to its owner");
     assert_eq!(drops(&mut lab).spoofed, counted, "unchecked, and nothing is added");
-}
-
-/// A group of its own, with no rule for what comes in.
-fn closed_group(lab: &Lab, name: &str) -> String {
-    let vpc = lab.info().vpc.id.clone();
-    let parameters = [("GroupName", name), ("GroupDescription", "a test's"), ("VpcId", vpc.as_str())];
-    element(&lab.ec2().call("CreateSecurityGroup", &parameters).unwrap(), "groupId").unwrap()
-}
-
-fn change_group(lab: &Lab, action: &str, group: &str, permission: &[(&str, &str)]) {
-    let named: Vec<(String, &str)> =
-        permission.iter().map(|(name, value)| (format!("IpPermissions.1.{name}"), *value)).collect();
-    let mut parameters = vec![("GroupId", group)];
-    parameters.extend(named.iter().map(|(name, value)| (name.as_str(), *value)));
-    lab.ec2().call(action, &parameters).unwrap();
 }
 
 #[test]

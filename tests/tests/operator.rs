@@ -6,7 +6,7 @@ use std::process::Output;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use flatwire_tests::binary;
+use flatwire_tests::{binary, eventually};
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Spec};
 use lab::fabric::{EC2_INSIDE, IMDS};
@@ -34,14 +34,6 @@ fn ipamd(lab: &Lab, arguments: &[&str]) -> (i32, String) {
     let command: Vec<&str> = ["env", &ec2, &imds, &program].into_iter().chain(arguments.iter().copied()).collect();
     let Output { status, stdout, stderr } = lab.exec(NODE, &command).unwrap();
     (status.code().unwrap(), String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned())
-}
-
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within 30 s");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 fn level_in_force(lab: &Lab) -> Value {

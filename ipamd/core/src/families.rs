@@ -12,6 +12,7 @@
 //! EC2 delegates a /80 to one ENI and to nobody else, and IPv4 addresses of one ENI differ, so no two interfaces anywhere have
 //! one of these addresses: this is why they are used without duplicate address detection.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -77,6 +78,14 @@ impl Families {
             _ => None,
         }
     }
+}
+
+/// The /80 among an ENI's slots.
+pub fn ipv6_prefix(slots: &BTreeSet<IpNet>) -> Option<Ipv6Net> {
+    slots.iter().find_map(|slot| match slot {
+        IpNet::V6(net) => Some(*net),
+        IpNet::V4(_) => None,
+    })
 }
 
 #[cfg(test)]

@@ -379,6 +379,7 @@ mod tests {
             let state = LedgerState::replay(&records);
             assert_eq!(state.slots, BTreeMap::from([(to.clone(), slots.clone())]));
             assert_eq!(LedgerState::replay(&state.as_records()), state);
+            assert_eq!(state.record_count(), state.as_records().len());
         }
     }
 }

@@ -126,7 +126,8 @@ impl Settings {
     /// The settings as the reader gives them; they count only if it then finishes without a refusal.
     pub fn read<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> Self {
         not_supported(r);
-        let families = families(r);
+        let custom_networking = r.flag("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", false);
+        let families = families(r, custom_networking);
         // What the add-on uses where it cannot read the value.
         let warm_eni = r.number("WARM_ENI_TARGET", 0, 1_000, Some(1));
         let warm_ip = r.number("WARM_IP_TARGET", 0, 100_000, Some(0));
@@ -178,7 +179,7 @@ impl Settings {
             cluster_name: r.text("CLUSTER_NAME"),
             provisioning: !r.flag("DISABLE_NETWORK_RESOURCE_PROVISIONING", false) && !imds_only,
             imds_only,
-            custom_networking: r.flag("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", false),
+            custom_networking,
             subnet_discovery: r.flag("ENABLE_SUBNET_DISCOVERY", true),
             manage_untagged: r.flag("MANAGE_UNTAGGED_ENI", true),
             manage_unschedulable: r.flag("AWS_MANAGE_ENIS_NON_SCHEDULABLE", false),
@@ -193,14 +194,14 @@ impl Settings {
 }
 
 /// Wrong families would give pods addresses that the rest of the cluster does not speak: never leniently.
-fn families<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) -> Families {
+fn families<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>, custom_networking: bool) -> Families {
     let (v4, v6) = (r.flag("ENABLE_IPv4", true), r.flag("ENABLE_IPv6", false));
     let egress = r.flag("ENABLE_V4_EGRESS", true);
     match (v4, v6) {
         (true, false) => Families::V4,
         (true, true) => Families::Dual,
         (false, true) => {
-            if r.flag("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", false) {
+            if custom_networking {
                 let allowed = "false where pods have IPv6 only: they all live on the primary ENI";
                 r.refuse_always("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true", allowed);
             }

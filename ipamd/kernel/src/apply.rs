@@ -98,7 +98,11 @@ impl<'a> Run<'a> {
         let addresses = nl.addresses().await?;
         let messages = nl.route_messages(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).await?;
         let mut routes: Vec<Route> = messages.iter().filter_map(Route::parse).collect();
-        routes.extend(nl.routes_of(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).await?);
+        // At first, to find what a life with other families has left.
+        let v6 = plan.families.has_v6() || !memory.ran || look.pods.iter().any(|pod| pod.address.is_ipv6());
+        if v6 {
+            routes.extend(nl.routes_of(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).await?);
+        }
         let state = State { links, addresses, messages, routes, rules: nl.rules().await? };
         let report = KernelReport { repaired: memory.untold.drain(..).collect(), ..KernelReport::default() };
         // What is let be stays what it was: the repair that is made later still is one.

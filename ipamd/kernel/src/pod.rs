@@ -87,13 +87,8 @@ impl PodWiring {
         [self.address].into_iter().chain(self.second)
     }
 
-    /// What the pod sends to from this address: link-local, the same for every pod, answered by nobody but the neighbour
-    /// entry.
     pub(crate) fn gateway(&self, address: IpAddr) -> IpAddr {
-        match address {
-            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::new(169, 254, 1, self.gateway_index.saturating_add(1))),
-            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, u16::from(self.gateway_index) + 1)),
-        }
+        gateway(address, self.gateway_index)
     }
 
     /// The table, in the pod, of this interface's routes.
@@ -125,6 +120,15 @@ impl PodWiring {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// What a pod sends to from this address on its interface `index`: link-local, the same for every pod, answered by nobody but
+/// the neighbour entry.
+pub fn gateway(address: IpAddr, index: u8) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::new(169, 254, 1, index.saturating_add(1))),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, u16::from(index) + 1)),
     }
 }
 

@@ -82,33 +82,17 @@ const HEADER_BYTES: u32 = 40;
 pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
     let marks = plan.marks;
     let excluded = if egress(plan) { Vec::new() } else { plan.vpc.iter().chain(&plan.exclude_snat).copied().collect() };
-    let ways = plan.enis.iter().map(|eni| (eni.mark, eni_chain(eni.mark)));
     let mut table = Table::new(FAMILY, TABLE)
         .set(Set::addresses(NO_SNAT).networks(excluded))
         .set(Set::addresses(VPC).networks(plan.vpc.iter().copied()))
         .set(Set::addresses(PEERED).networks(peered(plan)))
-        .map(Map::to_chains(POD_ENI, sources(plan)))
-        .map(Map::of_marks(WAY_BACK, ways.chain([(marks.primary, RESTORE_PRIMARY.to_owned())])));
+        .map(Map::to_chains(POD_ENI, sources(plan)));
     if egress(plan) {
         table = table.set(Set::addresses(EGRESS_SET).networks([EGRESS]));
     }
-    if plan.node_port {
-        table = came_in(table, plan, primary, links);
-    }
-    for eni in &plan.enis {
-        table = table.chain(
-            Chain::regular(eni_chain(eni.mark))
-                .rule(Rule::new().mark_replace(marks.eni_mask, eni.mark).comment(eni.id.to_string())),
-        );
-    }
-    table = table
-        .chain(Chain::regular(RESTORE_PRIMARY).rule(Rule::new().mark_set(marks.primary)))
+    table = ways(table, plan, primary, links)
         .chain(steer(plan))
-        // Answers of the host itself: the way is chosen before the address by which it was called is put back.
-        .chain(
-            Chain::route("host-replies", BEFORE_DNAT)
-                .rule(Rule::new().ct_reply().goto_by_ct_mark(marks.eni_mask, WAY_BACK)),
-        )
+        .chain(host_replies(plan))
         .chain(openings(plan))
         .chain(pass(plan));
     // Without any nat chain in the namespace the kernel stops translating the connections it already translates, so this
@@ -130,28 +114,40 @@ pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]
 
 /// IPv6's table.
 pub(crate) fn table_v6(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
+    let steer = Chain::filter("steer", Hook::Prerouting, AFTER_DNAT).rules(answers(plan));
+    ways(Table::new(Family::Ip6, TABLE), plan, primary, links).chain(steer).chain(host_replies(plan))
+}
+
+/// By which ENI a connection came in, and a chain per ENI that sends a packet by it.
+fn ways(mut table: Table, plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
     let marks = plan.marks;
     let ways = plan.enis.iter().map(|eni| (eni.mark, eni_chain(eni.mark)));
-    let mut table = Table::new(Family::Ip6, TABLE)
-        .map(Map::of_marks(WAY_BACK, ways.chain([(marks.primary, RESTORE_PRIMARY.to_owned())])));
+    table = table.map(Map::of_marks(WAY_BACK, ways.chain([(marks.primary, RESTORE_PRIMARY.to_owned())])));
     if plan.node_port {
         table = came_in(table, plan, primary, links);
     }
     for eni in &plan.enis {
-        table =
-            table.chain(Chain::regular(eni_chain(eni.mark)).rule(Rule::new().mark_replace(marks.eni_mask, eni.mark)));
+        table = table.chain(
+            Chain::regular(eni_chain(eni.mark))
+                .rule(Rule::new().mark_replace(marks.eni_mask, eni.mark).comment(eni.id.to_string())),
+        );
     }
-    table
-        .chain(Chain::regular(RESTORE_PRIMARY).rule(Rule::new().mark_set(marks.primary)))
-        .chain(
-            Chain::filter("steer", Hook::Prerouting, AFTER_DNAT)
-                .rule(Rule::new().iifname_prefix_not(&plan.veth_prefix).ct_original().accept())
-                .rule(Rule::new().goto_by_ct_mark(marks.mask(), WAY_BACK)),
-        )
-        .chain(
-            Chain::route("host-replies", BEFORE_DNAT)
-                .rule(Rule::new().ct_reply().goto_by_ct_mark(marks.eni_mask, WAY_BACK)),
-        )
+    table.chain(Chain::regular(RESTORE_PRIMARY).rule(Rule::new().mark_set(marks.primary)))
+}
+
+/// Answers to what `came-in` noted go back by the ENI that was called.
+fn answers(plan: &NodePlan) -> [Rule; 2] {
+    [
+        Rule::new().iifname_prefix_not(&plan.veth_prefix).ct_original().accept(),
+        // Also where nothing is translated any more: connections made while it was still are, to their end.
+        Rule::new().goto_by_ct_mark(plan.marks.mask(), WAY_BACK),
+    ]
+}
+
+/// Answers of the host itself: the way is chosen before the address by which it was called is put back.
+fn host_replies(plan: &NodePlan) -> Chain {
+    let rule = Rule::new().ct_reply().goto_by_ct_mark(plan.marks.eni_mask, WAY_BACK);
+    Chain::route("host-replies", BEFORE_DNAT).rule(rule)
 }
 
 /// Pods reach IPv4 with addresses of this node alone.
@@ -178,11 +174,8 @@ fn came_in(mut table: Table, plan: &NodePlan, primary: &str, links: &[(String, &
 }
 
 fn steer(plan: &NodePlan) -> Chain {
-    let marks = plan.marks;
     let mut chain = Chain::filter("steer", Hook::Prerouting, AFTER_DNAT)
-        .rule(Rule::new().iifname_prefix_not(&plan.veth_prefix).ct_original().accept())
-        // Also where nothing is translated any more: connections made while it was still are, to their end.
-        .rule(Rule::new().goto_by_ct_mark(marks.mask(), WAY_BACK))
+        .rules(answers(plan))
         .rule(Rule::new().iifname_prefix_not(&plan.veth_prefix).accept());
     if matches!(plan.snat, Snat::ToPrimary(_)) {
         chain = chain.rule(

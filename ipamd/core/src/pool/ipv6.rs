@@ -7,7 +7,7 @@ use ipnet::{IpNet, Ipv6Net};
 
 use super::setback::Subject;
 use super::{Op, Out, Pool};
-use crate::families::Families;
+use crate::families::{self, Families};
 use crate::ids::{DeviceIndex, EniId, Time};
 use crate::ledger::EniRecord;
 use crate::ports::{CloudError, CloudErrorKind, CloudReply, CloudRequest, EniView};
@@ -44,10 +44,7 @@ impl Pool {
 
     /// The /80 by which pods' second addresses on the ENI are made.
     pub(super) fn ipv6_prefix(&self, eni: &EniId) -> Option<Ipv6Net> {
-        self.ledger.slots.get(eni)?.iter().find_map(|slot| match slot {
-            IpNet::V6(net) => Some(*net),
-            IpNet::V4(_) => None,
-        })
+        families::ipv6_prefix(self.ledger.slots.get(eni)?)
     }
 
     pub(super) fn second(&self, eni: &EniId, first: IpAddr) -> Option<IpAddr> {
@@ -63,10 +60,13 @@ impl Pool {
         self.second(eni, *first)
     }
 
-    /// First addresses that nobody can have while the kernel routes this one to a pod.
-    pub(super) fn firsts_of(&self, second: IpAddr) -> impl Iterator<Item = IpAddr> {
-        let enis = self.ledger.slots.keys().filter(|_| self.settings.families.has_v6());
-        enis.filter_map(move |eni| self.settings.families.first(self.ipv6_prefix(eni)?, second))
+    /// First addresses that nobody can have, because the kernel routes their second ones to a pod.
+    pub(super) fn firsts_of_routes(&self) -> impl Iterator<Item = IpAddr> {
+        let families = self.settings.families;
+        let slots = self.ledger.slots.values().filter(move |_| families.has_v6());
+        let first =
+            move |prefix| self.kernel.pods.routes.iter().filter_map(move |second| families.first(prefix, *second));
+        slots.filter_map(families::ipv6_prefix).flat_map(first)
     }
 
     pub(super) fn ipv6_assign_refused(

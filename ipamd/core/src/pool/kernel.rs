@@ -80,17 +80,17 @@ impl Pool {
 
     /// Of several sandboxes of one pod only the youngest can have the link.
     fn pods_to_keep(&self, now: Time) -> Vec<PodPlan> {
-        let mut by_link: BTreeMap<String, (&Allocation, bool)> = BTreeMap::new();
+        let mut by_link: BTreeMap<&str, (&Allocation, MacAddress, bool)> = BTreeMap::new();
         for allocation in self.ledger.pods.values() {
-            let Some((link, _)) = self.kernel.links.get(&allocation.sandbox) else { continue };
-            let held = by_link.entry(link.clone()).or_insert((allocation, true));
+            let Some((link, mac)) = self.kernel.links.get(&allocation.sandbox) else { continue };
+            let held = by_link.entry(link).or_insert((allocation, *mac, true));
             if held.0.sandbox != allocation.sandbox {
-                let youngest = if held.0.at < allocation.at { allocation } else { held.0 };
-                *held = (youngest, false);
+                let younger = held.0.at < allocation.at;
+                *held = if younger { (allocation, *mac, false) } else { (held.0, held.1, false) };
             }
         }
-        let keep = |(link, (allocation, alone)): (String, (&Allocation, bool))| {
-            let mac = self.kernel.links.get(&allocation.sandbox).map_or(MacAddress([0; 6]), |(_, mac)| *mac);
+        let keep = |(link, (allocation, mac, alone)): (&str, (&Allocation, MacAddress, bool))| {
+            let link = link.to_owned();
             let settled = alone && now.since_ms(allocation.at) >= UNWIRED_GRACE_MS;
             allocation.addresses().map(move |address| PodPlan { address, link: link.clone(), mac, settled })
         };

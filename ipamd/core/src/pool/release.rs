@@ -10,9 +10,9 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::compare::list;
-use super::ipv6;
 use super::setback::Subject;
 use super::{Note, Op, Out, Pool};
+use crate::families;
 use crate::ids::{DeviceIndex, EniId, Time};
 use crate::ledger::{EniRecord, Progress, Record};
 use crate::pick;
@@ -314,24 +314,23 @@ impl Pool {
 
     /// Gives an ENI back what it lost while pods live there. EC2 refuses if somebody else has it meanwhile.
     pub(super) fn reclaim(&mut self, eni: &EniId, slots: BTreeSet<IpNet>, now: Time, out: &mut Out) {
+        // A family at a time: no two changes of one ENI are under way at once.
+        let (op, request) = match families::ipv6_prefix(&slots) {
+            Some(prefix) => (
+                Op::AssignIpv6 { eni: eni.clone(), prefix: Some(prefix) },
+                CloudRequest::AssignIpv6Prefix { eni: eni.clone(), prefix: Some(prefix) },
+            ),
+            None => (
+                Op::Reclaim { eni: eni.clone(), slots: slots.clone() },
+                CloudRequest::AssignNamed { eni: eni.clone(), slots },
+            ),
+        };
         let busy = self.is_changing(eni);
         let rests = self.rests(&Subject::Lost(eni.clone()));
-        let v6 = slots.iter().find_map(|slot| match slot {
-            IpNet::V6(net) => Some(*net),
-            IpNet::V4(_) => None,
-        });
-        if let Some(prefix) = v6 {
-            if !busy && !rests && self.may_change() && self.may_call(ipv6::ASSIGN, now) {
-                let request = CloudRequest::AssignIpv6Prefix { eni: eni.clone(), prefix: v6 };
-                self.start(Op::AssignIpv6 { eni: eni.clone(), prefix: Some(prefix) }, request, now, out);
-            }
+        if busy || rests || !self.may_change() || !self.may_call(request.action(), now) {
             return;
         }
-        if busy || rests || !self.may_change() || !self.may_call("AssignPrivateIpAddresses", now) {
-            return;
-        }
-        let request = CloudRequest::AssignNamed { eni: eni.clone(), slots: slots.clone() };
-        self.start(Op::Reclaim { eni: eni.clone(), slots }, request, now, out);
+        self.start(op, request, now, out);
     }
 
     pub(super) fn reclaimed(&mut self, eni: &EniId, slots: &BTreeSet<IpNet>, now: Time, out: &mut Out) {

@@ -157,8 +157,7 @@ impl Pool {
     /// Addresses of sandboxes, and addresses the kernel still routes to a pod although no sandbox is known.
     pub(super) fn in_use(&self) -> BTreeSet<IpAddr> {
         let wired = self.kernel.pods.routes.iter().copied();
-        let as_second = self.kernel.pods.routes.iter().flat_map(|address| self.firsts_of(*address));
-        self.ledger.pods.values().map(|a| a.address).chain(wired).chain(as_second).collect()
+        self.ledger.pods.values().map(|a| a.address).chain(wired).chain(self.firsts_of_routes()).collect()
     }
 
     /// Slots that may be picked from: confirmed by EC2, not missing there now, on an ENI whose routes stand.
