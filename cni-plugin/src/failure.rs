@@ -91,8 +91,6 @@ pub enum Failure {
     Gc { errors: Vec<Failure> },
     #[error("no pod can be added now: {source}")]
     NotReady { source: Box<Failure> },
-    #[error("{verb} did not end within {after:?}")]
-    Deadline { verb: &'static str, after: Duration },
     #[error("aws-cni stopped on a bug: {message}")]
     Bug { message: String },
 }
@@ -139,11 +137,12 @@ impl Failure {
             Self::UnsupportedField { .. } => 2,
             Self::SandboxGone { .. } => 3,
             Self::Environment { .. } => 4,
+            Self::Stdin { source } if source.kind() == io::ErrorKind::TimedOut => TRY_AGAIN_LATER,
             Self::Stdin { .. } | Self::Queue { .. } => 5,
             Self::Decode { .. } => 6,
             Self::Config { .. } => 7,
             Self::PeerAway { .. } | Self::PeerLate { .. } => TRY_AGAIN_LATER,
-            Self::KernelLate { .. } | Self::Deadline { .. } | Self::ReleaseLost { .. } => TRY_AGAIN_LATER,
+            Self::KernelLate { .. } | Self::ReleaseLost { .. } => TRY_AGAIN_LATER,
             Self::NotReady { .. } => NOT_AVAILABLE,
             Self::Reason { retryable: true, .. } => TRY_AGAIN_LATER,
             Self::Reason { reason, .. } => reason_code(*reason),
@@ -186,7 +185,7 @@ impl Failure {
                      affected, and the runtime tries again"
                 );
             }
-            Self::PeerLate { .. } | Self::Deadline { .. } | Self::KernelLate { .. } => {
+            Self::PeerLate { .. } | Self::KernelLate { .. } => {
                 "the runtime tries again; if it stays so, see the ipamd log and the load of the node"
             }
             Self::PeerTooOld { .. } => "the daemon is older than this plugin, or the add-on's: upgrade it",

@@ -1,9 +1,12 @@
 //! Reads one call: the environment, then standard input. Nothing is believed before it is checked (section 2, Parameters).
 
 use std::ffi::OsString;
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Map, Value};
 
 use crate::failure::Failure;
@@ -94,6 +97,34 @@ pub fn verb(env: &impl Fn(&str) -> Option<OsString>) -> Result<Verb, Failure> {
         Some(verb) => Ok(verb),
         None if text.is_empty() => Err(Failure::environment("CNI_COMMAND", "is missing; a container runtime sets it")),
         None => Err(Failure::environment("CNI_COMMAND", format!("is {text:?}, which is not a verb of CNI"))),
+    }
+}
+
+/// How long the runtime may take to hand over the configuration.
+pub const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Reads what comes within a time: a caller may never close its end.
+pub struct Patient<F> {
+    input: F,
+    until: Instant,
+    after: Duration,
+}
+
+impl<F: Read + AsFd> Patient<F> {
+    pub fn new(input: F, after: Duration) -> Self {
+        Self { input, until: Instant::now() + after, after }
+    }
+}
+
+impl<F: Read + AsFd> Read for Patient<F> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        let mut waits = [PollFd::new(self.input.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut waits, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO))? == 0 {
+            let late = format!("its end did not come within {:?}", self.after);
+            return Err(io::Error::new(io::ErrorKind::TimedOut, late));
+        }
+        self.input.read(bytes)
     }
 }
 

@@ -25,8 +25,11 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::failure::Failure;
-use crate::input::{Call, Verb};
+use crate::input::{Call, Patient, Verb};
 use crate::log::Log;
+
+#[global_allocator]
+static MEMORY: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() {
     answer::catch_panics();
@@ -36,9 +39,9 @@ fn main() {
 /// The deadline of the whole process, per verb. The steps of each verb have deadlines of their own that add up to less.
 fn deadline(verb: Verb) -> Duration {
     Duration::from_secs(match verb {
-        Verb::Add | Verb::Gc => 30,
-        Verb::Del | Verb::Check => 10,
-        Verb::Status | Verb::Version => 5,
+        Verb::Add | Verb::Gc => 35,
+        Verb::Del | Verb::Check => 15,
+        Verb::Status | Verb::Version => 10,
     })
 }
 
@@ -46,8 +49,8 @@ fn run() -> Result<Option<Value>, Failure> {
     let started = Instant::now();
     let env = |name: &str| std::env::var_os(name);
     let verb = input::verb(&env)?;
-    answer::within(verb.text(), deadline(verb));
-    let stdin = input::stdin(std::io::stdin().lock())?;
+    answer::within(deadline(verb));
+    let stdin = input::stdin(Patient::new(std::io::stdin().lock(), input::PATIENCE))?;
     if verb == Verb::Version {
         return spec::version_answer(&stdin).map(Some);
     }
@@ -60,6 +63,8 @@ fn run() -> Result<Option<Value>, Failure> {
         .map_err(|e| Failure::Bug { message: format!("no async runtime: {e}") })?;
     let outcome = runtime.block_on(perform(&call, &log));
     log.outcome(&outcome, started.elapsed());
+    // The end of the process takes it apart sooner.
+    std::mem::forget(runtime);
     outcome
 }
 
@@ -83,7 +88,9 @@ mod tests {
     fn the_deadlines_of_the_steps_fit_into_that_of_the_verb() {
         use {add, check, daemon, del, gc, wiring};
         let connect = daemon::CONNECT;
-        let add = wiring::LOOK
+        let read = input::PATIENCE;
+        let add = read
+            + wiring::LOOK
             + connect
             + daemon::ADD_CALL
             + add::WIRE
@@ -91,12 +98,12 @@ mod tests {
             + (wiring::UNDO + add::UNDO_CALL);
         assert!(daemon::ADD_PATIENCE < daemon::ADD_CALL);
         assert!(add < deadline(Verb::Add), "{add:?}");
-        let del = connect + del::LOOK_UP + wiring::UNWIRE + daemon::DEL_CALL + del::POLICY;
+        let del = read + connect + del::LOOK_UP + wiring::UNWIRE + daemon::DEL_CALL + del::POLICY;
         assert!(del < deadline(Verb::Del), "{del:?}");
-        let check = check::KERNEL + connect + daemon::CHECK_CALL;
+        let check = read + check::KERNEL + connect + daemon::CHECK_CALL;
         assert!(check < deadline(Verb::Check), "{check:?}");
-        let gc = connect + daemon::GC_CALL + gc::TAKE_DOWN;
+        let gc = read + connect + daemon::GC_CALL + gc::TAKE_DOWN;
         assert!(gc < deadline(Verb::Gc), "{gc:?}");
-        assert!(connect + daemon::STATUS_CALL < deadline(Verb::Status));
+        assert!(read + connect + daemon::STATUS_CALL < deadline(Verb::Status));
     }
 }

@@ -390,15 +390,14 @@ async fn delete_further_rules(host: &Netlink, address: IpAddr) -> Result<(), Ker
     Ok(())
 }
 
-/// The host end is not where its name says, but the pod may still have its own.
 /// The kernel did not say what is so; anything else it says here means that there is none.
 fn is_no_answer(error: &KernelError) -> bool {
-    use nix::errno::Errno;
     let passing =
         [Errno::EPERM, Errno::EACCES, Errno::ENOBUFS, Errno::ENOMEM, Errno::EINTR, Errno::EAGAIN, Errno::EBUSY];
     !error.is_absent() && error.errno().is_none_or(|errno| passing.contains(&errno))
 }
 
+/// The host end is not where its name says, but the pod may still have its own.
 async fn delete_pod_end(netns: &Netns, unwiring: &PodUnwiring) -> Result<(), KernelError> {
     let pod = Netlink::in_namespace(netns)?;
     let Some(link) = pod.link(&unwiring.pod_if).await?.filter(Link::is_veth) else { return Ok(()) };
