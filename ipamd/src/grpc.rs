@@ -18,6 +18,7 @@ use flatwire_proto::{
     Failure, GcNetworkReply, GcNetworkRequest, IpAllocationMetadata, NetworkPolicyAgentConfigReply, Reason,
     StaleAttachment, StatusReply, StatusRequest,
 };
+use ipnet::IpNet;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
@@ -261,11 +262,14 @@ impl Service {
             (pool.settings().snat == Snat::External, cidrs.unwrap_or_default())
         });
         let (external, cidrs) = about_node.await.unwrap_or_default();
+        let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = cidrs.into_iter().partition(|cidr| cidr.addr().is_ipv4());
+        let texts = |cidrs: &[IpNet]| cidrs.iter().map(ToString::to_string).collect();
         AddNetworkReply {
             success: true,
             ip_allocation_metadata: vec![metadata(&allocation)],
             use_external_snat: external,
-            vpc_v4_cidrs: cidrs.iter().map(ToString::to_string).collect(),
+            vpc_v4_cidrs: texts(&v4),
+            vpc_v6_cidrs: texts(&v6),
             network_policy_mode: self.network_policy_mode.clone(),
             ..Default::default()
         }

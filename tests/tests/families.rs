@@ -27,12 +27,17 @@ fn programs() -> PathBuf {
 }
 
 fn start(env: &[(&str, &str)]) -> Lab {
+    start_each([env, env])
+}
+
+fn start_each(env: [&[(&str, &str)]; 2]) -> Lab {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = format!("families-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let env: BTreeMap<String, String> =
-        env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    let node = NodeSpec { instance_type: NODE_TYPE.to_owned(), env, ..NodeSpec::default() };
-    let nodes = vec![node.clone(), node];
+    let variables = |env: &[(&str, &str)]| -> BTreeMap<String, String> {
+        env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    };
+    let node = |env| NodeSpec { instance_type: NODE_TYPE.to_owned(), env: variables(env), ..NodeSpec::default() };
+    let nodes = env.into_iter().map(node).collect();
     let spec = Spec { name, nodes, ipv6: true, bin_dir: Some(programs()), ..Spec::default() };
     Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
 }
@@ -140,6 +145,45 @@ fn dual_stack_pods_of_every_eni_reach_each_other_the_nodes_the_internet_and_the_
     }
     let left = ip(&lab, "node-1", "-6 route show proto 70");
     assert_eq!(left, json!([]), "routes of pods that are gone");
+}
+
+#[test]
+fn segments_are_held_to_the_way_out_in_ipv6_too_and_the_metadata_is_closed_where_asked() {
+    let wide = [DUAL, &[("FLATWIRE_OUTSIDE_MTU", "9001"), ("FLATWIRE_BLOCK_IMDS", "true")]].concat();
+    let mut lab = start_each([DUAL, &wide]);
+    let widen = "for l in $(ip -o link | grep -o 'vpc-[^@:]*'); do ip link set $l mtu 9001; done; true";
+    lab.run("internet", &["sh", "-c", widen]).unwrap();
+    let [held, free] = ["node-1", "node-2"].map(|node| pods(&mut lab, node).remove(PODS - 1));
+    let inside = address(&free, true).unwrap().to_string();
+    let outside = lab::fabric::INTERNET_SERVER6.to_string();
+    let serve = "import socket\ns = socket.create_server(('::', 9002), family=socket.AF_INET6); s.settimeout(30)\n\
+                 c, _ = s.accept(); print(c.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))";
+    let call = "import socket, sys, time\n\
+                for _ in range(200):\n\
+                \x20try: c = socket.create_connection((sys.argv[1], 9002), 5); break\n\
+                \x20except OSError: time.sleep(0.05)\n\
+                print(c.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))";
+    for (from, at, to, is_held) in [
+        (&held, "internet".to_owned(), &outside, true),
+        (&free, "internet".to_owned(), &outside, false),
+        (&held, place(&free), &inside, false),
+    ] {
+        let told = std::thread::scope(|scope| {
+            let server = scope.spawn(|| lab.run(&at, &["python3", "-c", serve]).unwrap());
+            let client = lab.run(&place(from), &["python3", "-c", call, to]).unwrap();
+            [client, server.join().unwrap()]
+        });
+        for segment in told {
+            let segment: u32 = segment.trim().parse().unwrap();
+            assert_eq!(segment <= 1440, is_held, "{} → {at}: {segment}", place(from));
+        }
+    }
+    let ask = "import socket\nsocket.create_connection(('fd00:ec2::254', 80), 3)";
+    for (pod, closed) in [(&held, false), (&free, true)] {
+        let said = lab.exec(&place(pod), &["python3", "-c", ask]).unwrap();
+        let complaint = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert_eq!(complaint.contains("Permission denied"), closed, "{}: {complaint}", place(pod));
+    }
 }
 
 #[test]

@@ -86,10 +86,11 @@ impl Imds {
             return Err(errors::malformed(ACTION, format!("the primary ENI {} has no IPv4 address", primary.id)));
         }
         let of_primary = format!("meta-data/network/interfaces/macs/{primary_mac}");
-        let mut vpc_cidrs: Vec<Ipv4Net> = self.list(&format!("{of_primary}/vpc-ipv4-cidr-blocks")).await?;
+        let mut vpc_cidrs: Vec<IpNet> = self.list(&format!("{of_primary}/vpc-ipv4-cidr-blocks")).await?;
         if vpc_cidrs.is_empty() {
             vpc_cidrs = self.list(&format!("{of_primary}/vpc-ipv4-cidr-block")).await?;
         }
+        vpc_cidrs.extend(self.list::<IpNet>(&format!("{of_primary}/vpc-ipv6-cidr-blocks")).await?);
         Ok(Metadata {
             instance: self.instance().await?,
             instance_type: self.require("meta-data/instance-type").await?,

@@ -62,7 +62,7 @@ pub struct NodeFacts {
     pub region: String,
     pub availability_zone: String,
     pub vpc: VpcId,
-    pub vpc_cidrs: Vec<Ipv4Net>,
+    pub vpc_cidrs: Vec<IpNet>,
     pub primary_eni: EniId,
     /// Groups of the primary ENI, given to every ENI we create.
     pub security_groups: Vec<SecurityGroupId>,

@@ -104,8 +104,8 @@ pub struct NodePlan {
     pub enis: Vec<EniPlan>,
     /// Host ends of pods' veths start with this (4 characters at most).
     pub veth_prefix: String,
-    /// The VPC's CIDRs. What leaves a pod for these is never translated.
-    pub vpc: Vec<Ipv4Net>,
+    /// The VPC's CIDRs, of both families. What leaves a pod for these is never translated.
+    pub vpc: Vec<IpNet>,
     /// Nor what leaves for these.
     pub exclude_snat: Vec<Ipv4Net>,
     /// Destinations that are looked up in main whatever the pod's ENI.

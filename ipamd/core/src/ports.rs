@@ -153,8 +153,8 @@ pub struct Metadata {
     /// MAC of the primary ENI.
     pub primary_mac: MacAddress,
     pub primary_ipv4: Ipv4Addr,
-    /// All IPv4 CIDRs of the VPC.
-    pub vpc_cidrs: Vec<Ipv4Net>,
+    /// All CIDRs of the VPC, of both families.
+    pub vpc_cidrs: Vec<IpNet>,
     pub enis: Vec<EniView>,
     /// The instance is about to be taken away: a spot interruption or a scale-in has been announced.
     pub terminating: bool,

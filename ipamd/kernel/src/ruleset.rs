@@ -33,16 +33,16 @@
 //! send at once; and keeps pods away from the instance metadata where that is asked for.
 //!
 //! IPv6 has a table of its own with the little that it needs: nothing is translated there, and a rule by the ENI's one prefix
-//! steers, so only what came in to an address of the node by an ENI is sent back by that one.
+//! steers, so only what came in to an address of the node by an ENI is sent back by that one. `pass` it has too.
 //!
 //! Pods of IPv6 clusters reach IPv4 with addresses that mean something on their node only: whatever leaves from those is
 //! translated, inside the VPC too, and nobody opens a connection to one.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flatwire_core::families::{EGRESS, Families};
 use flatwire_core::netplan::{EniPlan, NodePlan, PortChoice, Snat};
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::nft::{Chain, Family, Hook, Map, Ports, Rule, Set, Table};
 
@@ -72,19 +72,26 @@ const BEFORE_FILTERS: i32 = -150;
 /// Branch ENIs of the add-on's security groups for pods: their packets leave as they are.
 const BRANCH_LINKS: &str = "vlan";
 
-const IMDS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+const IMDS: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254));
+const IMDS_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254));
 
-/// Headers of IPv4 and TCP without options: what of the MTU is not the segment.
-const HEADER_BYTES: u32 = 40;
+/// Headers without options: what of the MTU is not the segment.
+const TCP_HEADER_BYTES: u32 = 20;
+const HEADER_BYTES: u32 = 20;
+const HEADER_BYTES_V6: u32 = 40;
+
+/// Private networks of IPv6 (RFC 4193), which no internet gateway carries.
+const PRIVATE_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7);
 
 /// The whole table. `primary` is the present name of the primary ENI's link, `links` those of the secondary ENIs that
 /// have appeared.
 pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
     let marks = plan.marks;
-    let excluded = if egress(plan) { Vec::new() } else { plan.vpc.iter().chain(&plan.exclude_snat).copied().collect() };
+    let vpc = vpc_v4(plan);
+    let excluded = if egress(plan) { Vec::new() } else { vpc.iter().chain(&plan.exclude_snat).copied().collect() };
     let mut table = Table::new(FAMILY, TABLE)
         .set(Set::addresses(NO_SNAT).networks(excluded))
-        .set(Set::addresses(VPC).networks(plan.vpc.iter().copied()))
+        .set(Set::addresses(VPC).networks(vpc))
         .set(Set::addresses(PEERED).networks(peered(plan)))
         .map(Map::to_chains(POD_ENI, sources(plan)));
     if egress(plan) {
@@ -94,7 +101,7 @@ pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]
         .chain(steer(plan))
         .chain(host_replies(plan))
         .chain(openings(plan))
-        .chain(pass(plan));
+        .chain(pass(plan, FAMILY));
     // Without any nat chain in the namespace the kernel stops translating the connections it already translates, so this
     // one stands, empty, where nothing new is translated.
     let mut source_nat = Chain::nat("source-nat", Hook::Postrouting, SOURCE_NAT);
@@ -115,7 +122,11 @@ pub(crate) fn table(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]
 /// IPv6's table.
 pub(crate) fn table_v6(plan: &NodePlan, primary: &str, links: &[(String, &EniPlan)]) -> Table {
     let steer = Chain::filter("steer", Hook::Prerouting, AFTER_DNAT).rules(answers(plan));
-    ways(Table::new(Family::Ip6, TABLE), plan, primary, links).chain(steer).chain(host_replies(plan))
+    ways(Table::new(Family::Ip6, TABLE), plan, primary, links)
+        .chain(steer)
+        .chain(host_replies(plan))
+        .chain(openings_v6(plan))
+        .chain(pass(plan, Family::Ip6))
 }
 
 /// By which ENI a connection came in, and a chain per ENI that sends a packet by it.
@@ -186,13 +197,14 @@ fn steer(plan: &NodePlan) -> Chain {
 }
 
 /// What passes between pods and others.
-fn pass(plan: &NodePlan) -> Chain {
+fn pass(plan: &NodePlan, family: Family) -> Chain {
     let mut chain = Chain::filter("pass", Hook::Forward, BEFORE_FILTERS);
     if plan.block_imds {
-        chain = chain.rule(Rule::new().iifname_prefix(&plan.veth_prefix).destination(IMDS).counter().reject());
+        let imds = if family == FAMILY { IMDS } else { IMDS_V6 };
+        chain = chain.rule(Rule::new().iifname_prefix(&plan.veth_prefix).destination(imds).counter().reject(family));
     }
-    if egress(plan) {
-        chain = chain.rule(Rule::new().ct_unconfirmed().destination_in(EGRESS_SET).counter().reject());
+    if family == FAMILY && egress(plan) {
+        chain = chain.rule(Rule::new().ct_unconfirmed().destination_in(EGRESS_SET).counter().reject(family));
     }
     chain.rule(Rule::new().tcp_syn().goto(OPENINGS))
 }
@@ -200,6 +212,7 @@ fn pass(plan: &NodePlan) -> Chain {
 /// Packets that open TCP connections.
 fn openings(plan: &NodePlan) -> Chain {
     let pods = plan.veth_prefix.as_str();
+    let segment = |mtu| segment(mtu, HEADER_BYTES);
     let (outside, peered) = (segment(plan.path_mtus.outside), segment(plan.path_mtus.peered));
     Chain::regular(OPENINGS)
         .rule(Rule::new().iifname_prefix(pods).destination_in(PEERED).mss_at_most(peered).accept())
@@ -208,8 +221,33 @@ fn openings(plan: &NodePlan) -> Chain {
         .rule(Rule::new().oifname_prefix(pods).source_not_in(VPC).mss_at_most(outside))
 }
 
-fn segment(mtu: u32) -> u16 {
-    u16::try_from(mtu.saturating_sub(HEADER_BYTES)).unwrap_or(u16::MAX)
+/// As `openings`. Nothing is excluded from translation in IPv6, so what is peered is known by being private.
+fn openings_v6(plan: &NodePlan) -> Chain {
+    let pods = plan.veth_prefix.as_str();
+    let segment = |mtu| segment(mtu, HEADER_BYTES_V6);
+    let (outside, peered) = (segment(plan.path_mtus.outside), segment(plan.path_mtus.peered));
+    let out = || Rule::new().iifname_prefix(pods);
+    let back = || Rule::new().oifname_prefix(pods);
+    let vpc = plan.vpc.iter().filter(|net| net.addr().is_ipv6());
+    let within = vpc.flat_map(|net| [out().destination_within(*net).accept(), back().source_within(*net).accept()]);
+    Chain::regular(OPENINGS)
+        .rules(within)
+        .rule(out().destination_within(PRIVATE_V6).mss_at_most(peered).accept())
+        .rule(back().source_within(PRIVATE_V6).mss_at_most(peered).accept())
+        .rule(out().mss_at_most(outside))
+        .rule(back().mss_at_most(outside))
+}
+
+fn segment(mtu: u32, header: u32) -> u16 {
+    u16::try_from(mtu.saturating_sub(header + TCP_HEADER_BYTES)).unwrap_or(u16::MAX)
+}
+
+fn vpc_v4(plan: &NodePlan) -> Vec<Ipv4Net> {
+    let v4 = |net: &IpNet| match net {
+        IpNet::V4(net) => Some(*net),
+        IpNet::V6(_) => None,
+    };
+    plan.vpc.iter().filter_map(v4).collect()
 }
 
 /// Exclusions that are private networks outside the VPC. An exclusion of everything, by which some turn translation off,
@@ -221,11 +259,12 @@ fn peered(plan: &NodePlan) -> Vec<Ipv4Net> {
         Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
         Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
     ];
+    let vpc = vpc_v4(plan);
     let mut outside = Vec::new();
     for net in plan.exclude_snat.iter().filter(|net| PRIVATE.iter().any(|private| private.contains(*net))) {
         // Of an exclusion around the VPC only what is not the VPC.
         let mut rest = vec![*net];
-        for vpc in &plan.vpc {
+        for vpc in &vpc {
             rest = rest.into_iter().flat_map(|net| without(net, *vpc)).collect();
         }
         outside.extend(rest);

@@ -89,6 +89,8 @@ fn the_nodes_table_is_the_golden_one() {
         }),
         ("dual-stack", |plan| {
             plan.families = Families::Dual;
+            plan.vpc.push("2001:db8::/56".parse().expect("a net"));
+            plan.block_imds = true;
             for (eni, prefix) in plan.enis.iter_mut().zip(["2001:db8:0:1:a::/80", "2001:db8:0:1:b::/80"]) {
                 eni.sources.insert(prefix.parse().expect("a net"));
             }

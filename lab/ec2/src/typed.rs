@@ -85,6 +85,9 @@ impl World {
             kind: EniKind::Interface,
             ..view_of(eni)
         };
+        let vpc = self.state.vpcs.get(&info.vpc);
+        let v4 = vpc.iter().flat_map(|vpc| &vpc.cidrs).map(|association| IpNet::from(association.cidr));
+        let vpc_cidrs = v4.chain(vpc.and_then(|vpc| vpc.ipv6).map(IpNet::from)).collect();
         Ok(Metadata {
             instance: id.clone(),
             instance_type: info.instance_type,
@@ -92,11 +95,7 @@ impl World {
             availability_zone: info.availability_zone,
             primary_mac,
             primary_ipv4,
-            vpc_cidrs: self
-                .state
-                .vpcs
-                .get(&info.vpc)
-                .map_or_else(Vec::new, |vpc| vpc.cidrs.iter().map(|association| association.cidr).collect()),
+            vpc_cidrs,
             vpc: info.vpc,
             enis: seen.iter().map(|(eni, _, _)| as_imds(eni)).collect(),
             terminating,

@@ -127,7 +127,7 @@ impl Machine {
             .collect();
         let EniInfo { id, mac, primary_ipv4: address, .. } = &self.primary;
         let primary = PrimaryPlan { id: id.clone(), mac: *mac, address: *address };
-        NodePlan { enis, vpc: vec![VPC], mtu: VPC_MTU, ..NodePlan::new(primary) }
+        NodePlan { enis, vpc: vec![VPC.into()], mtu: VPC_MTU, ..NodePlan::new(primary) }
     }
 }
 

@@ -40,6 +40,7 @@ pub fn leaf(path: &str) -> Option<String> {
                 (_, "security-group-ids") => "sg-1\nsg-2",
                 (_, "vpc-id") => "vpc-0123456789abcdef0",
                 (_, "vpc-ipv4-cidr-blocks") => "10.0.0.0/16\n100.64.0.0/16",
+                (_, "vpc-ipv6-cidr-blocks") => "2001:db8:1234:1a00::/56",
                 _ => return None,
             }
         }
@@ -66,7 +67,7 @@ async fn a_whole_node_is_read() {
     assert!(!node.terminating);
     assert_eq!((node.primary_mac.to_string().as_str(), node.primary_ipv4.to_string().as_str()), (PRIMARY, "10.0.1.17"));
     let cidrs: Vec<String> = node.vpc_cidrs.iter().map(ToString::to_string).collect();
-    assert_eq!(cidrs, ["10.0.0.0/16", "100.64.0.0/16"]);
+    assert_eq!(cidrs, ["10.0.0.0/16", "100.64.0.0/16", "2001:db8:1234:1a00::/56"]);
 
     let [first, second] = &node.enis[..] else { panic!("{:?}", node.enis) };
     assert_eq!((first.device, first.card, first.status), (DeviceIndex::PRIMARY, 0, EniStatus::Attached));
@@ -130,7 +131,8 @@ async fn absent_lists_are_empty_and_an_eni_without_addresses_serves_nobody() {
         "meta-data/network/interfaces/macs/02:78:d7:00:8a:2e/local-ipv4s"
         | "meta-data/network/interfaces/macs/02:78:d7:00:8a:2e/ipv4-prefix"
         | "meta-data/network/interfaces/macs/02:78:d7:00:8a:2e/security-group-ids"
-        | "meta-data/network/interfaces/macs/02:78:d7:00:8a:1e/vpc-ipv4-cidr-blocks" => None,
+        | "meta-data/network/interfaces/macs/02:78:d7:00:8a:1e/vpc-ipv4-cidr-blocks"
+        | "meta-data/network/interfaces/macs/02:78:d7:00:8a:1e/vpc-ipv6-cidr-blocks" => None,
         "meta-data/network/interfaces/macs/02:78:d7:00:8a:1e/vpc-ipv4-cidr-block" => Some(Answer::ok("10.0.0.0/16")),
         _ => leaf(path).map(Answer::ok),
     });

@@ -34,7 +34,6 @@ pub(super) fn family(family: Family) -> NetfilterProtoFamily {
     match family {
         Family::Ip => NetfilterProtoFamily::IPv4,
         Family::Ip6 => NetfilterProtoFamily::IPv6,
-        Family::Inet => NetfilterProtoFamily::Inet,
     }
 }
 

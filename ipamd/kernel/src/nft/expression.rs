@@ -1,13 +1,16 @@
 //! One rule, written as the conditions it has and what it does, in order.
 
 use std::hash::{Hash, Hasher};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
+use ipnet::IpNet;
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{
     Bitwise, Cmp, DataAttribute, Expressions, Immediate, Lookup, Meta, MetaKey, Operator, Payload, Register, Verdict,
     VerdictAttribute,
 };
+
+use super::table::Family;
 
 /// Where everything is loaded; no rule here needs two values at once.
 const REGISTER: Register = Register::Reg1;
@@ -15,9 +18,11 @@ const REGISTER: Register = Register::Reg1;
 pub(super) const IFNAMSIZ: usize = 16;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
-const SOURCE_OFFSET: u32 = 12;
-const DESTINATION_OFFSET: u32 = 16;
-const ADDRESS_BYTES: u32 = 4;
+/// Where an address stands in the header, and its length.
+const SOURCE: (u32, u32) = (12, 4);
+const DESTINATION: (u32, u32) = (16, 4);
+const SOURCE_V6: (u32, u32) = (8, 16);
+const DESTINATION_V6: (u32, u32) = (24, 16);
 const TCP: u8 = 6;
 const TCP_FLAGS_OFFSET: u32 = 13;
 const TCP_SYN: u8 = 0x02;
@@ -78,27 +83,41 @@ impl Rule {
     }
 
     pub fn source(self, address: Ipv4Addr) -> Self {
-        self.payload(SOURCE_OFFSET).compare(Operator::Equal, address.octets().to_vec())
+        self.payload(SOURCE).compare(Operator::Equal, address.octets().to_vec())
     }
 
-    pub fn destination(self, address: Ipv4Addr) -> Self {
-        self.payload(DESTINATION_OFFSET).compare(Operator::Equal, address.octets().to_vec())
+    /// In a table of the address's family.
+    pub fn destination(self, address: IpAddr) -> Self {
+        let place = if address.is_ipv4() { DESTINATION } else { DESTINATION_V6 };
+        self.payload(place).compare(Operator::Equal, octets(address))
+    }
+
+    /// In a table of the network's family.
+    pub fn source_within(self, net: impl Into<IpNet>) -> Self {
+        let net = net.into();
+        self.payload(if net.addr().is_ipv4() { SOURCE } else { SOURCE_V6 }).within(net)
+    }
+
+    /// In a table of the network's family.
+    pub fn destination_within(self, net: impl Into<IpNet>) -> Self {
+        let net = net.into();
+        self.payload(if net.addr().is_ipv4() { DESTINATION } else { DESTINATION_V6 }).within(net)
     }
 
     pub fn source_in(self, set: &str) -> Self {
-        self.payload(SOURCE_OFFSET).look_up(set, 0)
+        self.payload(SOURCE).look_up(set, 0)
     }
 
     pub fn source_not_in(self, set: &str) -> Self {
-        self.payload(SOURCE_OFFSET).look_up(set, LOOKUP_INVERTED)
+        self.payload(SOURCE).look_up(set, LOOKUP_INVERTED)
     }
 
     pub fn destination_in(self, set: &str) -> Self {
-        self.payload(DESTINATION_OFFSET).look_up(set, 0)
+        self.payload(DESTINATION).look_up(set, 0)
     }
 
     pub fn destination_not_in(self, set: &str) -> Self {
-        self.payload(DESTINATION_OFFSET).look_up(set, LOOKUP_INVERTED)
+        self.payload(DESTINATION).look_up(set, LOOKUP_INVERTED)
     }
 
     /// The destination is an address of this host.
@@ -196,9 +215,13 @@ impl Rule {
         self.load(bytes.to_be_bytes().to_vec()).other("exthdr", place)
     }
 
-    /// Drops the packet and tells its sender that this is forbidden.
-    pub fn reject(self) -> Self {
-        let code = DefaultNla::new(reject::ATTRIBUTE_CODE, vec![reject::ADMINISTRATIVELY_PROHIBITED]);
+    /// Drops the packet and tells its sender that this is forbidden, in a table of this family.
+    pub fn reject(self, family: Family) -> Self {
+        let code = match family {
+            Family::Ip => reject::ADMINISTRATIVELY_PROHIBITED,
+            Family::Ip6 => reject::ADMINISTRATIVELY_PROHIBITED_V6,
+        };
+        let code = DefaultNla::new(reject::ATTRIBUTE_CODE, vec![code]);
         self.other("reject", vec![be32(reject::ATTRIBUTE_KIND, reject::ICMP_UNREACHABLE), code])
     }
 
@@ -217,7 +240,7 @@ impl Rule {
 
     /// Goes on in the chain that a map has for the source address; nothing happens to a source that it lacks.
     pub fn goto_by_source(self, map: &str) -> Self {
-        self.payload(SOURCE_OFFSET).goto_by_map(map)
+        self.payload(SOURCE).goto_by_map(map)
     }
 
     /// Goes on in the chain that a map has for the link the packet came in by.
@@ -251,12 +274,12 @@ impl Rule {
 
     /// Gives the connection the source that a map has for its source; nothing happens to one that it lacks.
     pub fn snat_by_source(self, map: &str) -> Self {
-        self.payload(SOURCE_OFFSET).translate(map).nat(nat::SOURCE, Ports::Keep)
+        self.payload(SOURCE).translate(map).nat(nat::SOURCE, Ports::Keep)
     }
 
     /// Gives the connection the destination that a map has for its destination.
     pub fn dnat_by_destination(self, map: &str) -> Self {
-        self.payload(DESTINATION_OFFSET).translate(map).nat(nat::DESTINATION, Ports::Keep)
+        self.payload(DESTINATION).translate(map).nat(nat::DESTINATION, Ports::Keep)
     }
 
     /// A note that `nft list ruleset` shows beside the rule.
@@ -272,12 +295,12 @@ impl Rule {
         self
     }
 
-    fn payload(mut self, offset: u32) -> Self {
+    fn payload(mut self, (offset, length): (u32, u32)) -> Self {
         self.expressions.push(Expressions::Payload(vec![
             Payload::DestinationRegister(REGISTER),
             Payload::Base(NETWORK_HEADER),
             Payload::Offset(offset),
-            Payload::Len(ADDRESS_BYTES),
+            Payload::Len(length),
         ]));
         self
     }
@@ -289,6 +312,13 @@ impl Rule {
             Cmp::Data(DataAttribute::Value(value)),
         ]));
         self
+    }
+
+    /// The loaded address is in this network.
+    fn within(self, net: IpNet) -> Self {
+        let mask = octets(net.netmask());
+        let nothing = vec![0; mask.len()];
+        self.masked(mask, nothing).compare(Operator::Equal, octets(net.network()))
     }
 
     fn look_up(mut self, set: &str, flags: u32) -> Self {
@@ -388,6 +418,13 @@ fn be32(kind: u16, value: u32) -> DefaultNla {
     DefaultNla::new(kind, value.to_be_bytes().to_vec())
 }
 
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
 pub(super) fn interface(name: &str) -> Vec<u8> {
     let mut bytes = name.as_bytes().to_vec();
     bytes.resize(IFNAMSIZ, 0);
@@ -438,6 +475,7 @@ mod reject {
     pub const ATTRIBUTE_CODE: u16 = 2;
     pub const ICMP_UNREACHABLE: u32 = 0;
     pub const ADMINISTRATIVELY_PROHIBITED: u8 = 13;
+    pub const ADMINISTRATIVELY_PROHIBITED_V6: u8 = 1;
 }
 
 mod nat {

@@ -12,7 +12,6 @@ use super::expression::Rule;
 pub enum Family {
     Ip,
     Ip6,
-    Inet,
 }
 
 /// Where in a packet's way a chain is consulted.
