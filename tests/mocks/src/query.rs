@@ -7,6 +7,7 @@ use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+#[derive(Debug, Clone)]
 pub struct Query {
     pub port: u16,
     pub access_key: String,

@@ -35,7 +35,7 @@ pub struct Server {
     /// Held for its life; the server dies with it.
     pub process: Process,
     pub query: Query,
-    repair: fn(String) -> String,
+    pub repair: fn(String) -> String,
 }
 
 impl Server {
@@ -146,7 +146,7 @@ impl Server {
 }
 
 /// Hands a request on to the server and its answer back, put right where the server is known to be wrong.
-fn pass_on(port: u16, request: &Request, repair: fn(String) -> String) -> Answer {
+pub fn pass_on(port: u16, request: &Request, repair: fn(String) -> String) -> Answer {
     let kept = |name: &str| !matches!(name, "connection" | "content-length");
     let headers: Vec<(&str, &str)> =
         request.headers.iter().filter(|(name, _)| kept(name)).map(|(name, value)| (&**name, &**value)).collect();
@@ -161,13 +161,17 @@ fn pass_on(port: u16, request: &Request, repair: fn(String) -> String) -> Answer
 fn repair_macs(body: String) -> String {
     let mut repaired = body.clone();
     for mac in texts(&body, "macAddress") {
-        let pair = |part: &str| match part.strip_suffix("02x").and_then(|number| number.parse::<u8>().ok()) {
-            Some(number) if part.len() > 2 => format!("{number:02x}"),
-            _ => part.to_owned(),
-        };
-        repaired = repaired.replace(mac, &mac.split(':').map(pair).collect::<Vec<_>>().join(":"));
+        repaired = repaired.replace(mac, &repair_mac(mac));
     }
     repaired
+}
+
+pub fn repair_mac(mac: &str) -> String {
+    let pair = |part: &str| match part.strip_suffix("02x").and_then(|number| number.parse::<u8>().ok()) {
+        Some(number) if part.len() > 2 => format!("{number:02x}"),
+        _ => part.to_owned(),
+    };
+    mac.split(':').map(pair).collect::<Vec<_>>().join(":")
 }
 
 pub fn adapter(ec2: &str, imds: &str) -> AwsCloud {

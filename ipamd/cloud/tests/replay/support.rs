@@ -63,7 +63,11 @@ pub struct Canned {
 impl Canned {
     /// `answer` gets each request and how many came before it.
     pub fn start(answer: impl Fn(&Request, usize) -> Answer + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::on(TcpListener::bind("127.0.0.1:0").unwrap(), answer)
+    }
+
+    /// As `start`, on a socket that may be of another network namespace.
+    pub fn on(listener: TcpListener, answer: impl Fn(&Request, usize) -> Answer + Send + Sync + 'static) -> Self {
         let address = listener.local_addr().unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(AtomicBool::new(false));
@@ -179,12 +183,20 @@ impl Keys {
 /// A metadata service: a session token for whoever asks by PUT, leaves for whoever brings it, 404 for the rest. The
 /// keys of an instance role are always there.
 pub fn imds(keys: Keys, leaf: impl Fn(&str, usize) -> Option<Answer> + Send + Sync + 'static) -> Canned {
+    Canned::start(metadata(keys, leaf))
+}
+
+/// What `imds` answers.
+pub fn metadata(
+    keys: Keys,
+    leaf: impl Fn(&str, usize) -> Option<Answer> + Send + Sync + 'static,
+) -> impl Fn(&Request, usize) -> Answer + Send + Sync + 'static {
     let credentials = format!(
         r#"{{"Code":"Success","LastUpdated":"2026-01-01T00:00:00Z","Type":"AWS-HMAC","AccessKeyId":"{}",
             "SecretAccessKey":"{}","Token":"{}","Expiration":"2099-01-01T00:00:00Z"}}"#,
         keys.access_key, keys.secret, keys.token
     );
-    Canned::start(move |request, before| {
+    move |request, before| {
         if request.method == "PUT" && request.path == "/latest/api/token" {
             if request.header("x-aws-ec2-metadata-token-ttl-seconds").is_none() {
                 return Answer::status(400, "");
@@ -203,5 +215,5 @@ pub fn imds(keys: Keys, leaf: impl Fn(&str, usize) -> Option<Answer> + Send + Sy
             "meta-data/iam/security-credentials/node-role" => Answer::ok(&*credentials),
             path => leaf(path, before).unwrap_or_else(|| Answer::status(404, "")),
         }
-    })
+    }
 }

@@ -6,4 +6,5 @@
 
 mod iam;
 mod lab;
+mod life;
 mod mocks;
