@@ -6,7 +6,9 @@
 //! by whoever marked it, ten minutes later at the earliest and only if a new reading still shows it unattached. EC2 itself
 //! refuses to delete an ENI that is attached.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
 
 use super::grow::{DESCRIBE, TAG_CLUSTER, TAG_INSTANCE};
 use super::setback::Subject;
@@ -32,7 +34,8 @@ const MAX_COLLECTED: usize = 5;
 pub struct Leaks {
     next_at: Option<Time>,
     to_mark: Vec<EniId>,
-    to_delete: Vec<EniId>,
+    /// With what the reading showed on each.
+    to_delete: Vec<(EniId, BTreeSet<IpNet>)>,
 }
 
 impl Leaks {
@@ -64,7 +67,12 @@ impl Pool {
             return;
         }
         let Some(node) = self.ledger.node.clone() else { return };
-        if let Some(eni) = self.leaks.to_delete.last().cloned().filter(|_| self.may_call("DeleteNetworkInterface", now))
+        // The reading may be a while ago: what became ours since, or has a pod after all, is not leaked.
+        let mut to_delete = std::mem::take(&mut self.leaks.to_delete);
+        to_delete.retain(|(eni, slots)| !self.is_claimed(eni, slots));
+        self.leaks.to_delete = to_delete;
+        if let Some((eni, _)) =
+            self.leaks.to_delete.last().cloned().filter(|_| self.may_call("DeleteNetworkInterface", now))
         {
             self.leaks.to_delete.pop();
             self.start(Op::Collect(eni.clone()), CloudRequest::DeleteEni { eni }, now, out);
@@ -95,14 +103,13 @@ impl Pool {
             let made_by_an_ipam = view.description.starts_with(DESCRIPTION) && view.tags.contains_key(TAG_INSTANCE);
             // An open creation of ours may be this very ENI: the repeated call will find it.
             let may_be_ours = view.tags.get(TAG_INSTANCE) == Some(&own) && !self.ledger.creations.is_empty();
-            let known = self.ledger.enis.contains_key(&view.id) || may_be_ours;
-            let lived_on = view.slots.iter().any(|slot| self.somebody_lives_in(slot));
-            if !made_by_an_ipam || known || lived_on || view.status != EniStatus::Available {
+            let claimed = may_be_ours || self.is_claimed(&view.id, &view.slots);
+            if !made_by_an_ipam || claimed || view.status != EniStatus::Available {
                 continue;
             }
             match view.tags.get(TAG_COLLECTOR).and_then(|mark| parse_mark(mark)) {
                 Some((by, at)) if by == own && now.since_ms(at) >= GRACE_MS => {
-                    self.leaks.to_delete.push(view.id.clone())
+                    self.leaks.to_delete.push((view.id.clone(), view.slots.clone()))
                 }
                 Some((_, at)) if now.since_ms(at) < STALE_MARK_MS => {}
                 _ => self.leaks.to_mark.push(view.id.clone()),
@@ -113,6 +120,11 @@ impl Pool {
         for eni in &self.leaks.to_mark {
             out.note(Note::Leaked { eni: eni.clone(), to: "found unattached, to be marked" });
         }
+    }
+
+    /// It is in the ledger, or a pod here lives on it.
+    fn is_claimed(&self, eni: &EniId, slots: &BTreeSet<IpNet>) -> bool {
+        self.ledger.enis.contains_key(eni) || slots.iter().any(|slot| self.somebody_lives_in(slot))
     }
 
     pub(super) fn leak_marked(&mut self, eni: &EniId, now: Time, out: &mut Out) {
