@@ -1,5 +1,7 @@
 //! What the suites of this crate share. It holds no tests of its own.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
