@@ -1,5 +1,8 @@
 //! What the suites of this crate share. It holds no tests of its own.
 
+pub mod manifest;
+pub mod runtimes;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
