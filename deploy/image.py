@@ -71,15 +71,12 @@ def layer(programs, plugins):
     return out.getvalue()
 
 
-def main():
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("out")
-    arguments.add_argument("--programs", default=os.path.join(ROOT, "target/flatwire"))
-    arguments.add_argument("--plugins")
-    arguments.add_argument("--name", default="flatwire:0.1.0", help="repository and tag")
-    args = arguments.parse_args()
+def write(out, name, files, entrypoint, cmd):
+    """One layer, its configuration, and what describes them, as one tar file."""
     architecture = ARCHITECTURES.get(platform.machine()) or refuse(f"no name for {platform.machine()} in an image")
-
+    repository, _, tag = name.rpartition(":")
+    if not repository:
+        refuse(f"--name {name!r} is no repository with a tag, such as flatwire:0.1.0")
     blobs = {}
 
     def blob(content, kind):
@@ -87,12 +84,11 @@ def main():
         blobs[digest] = content
         return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(content)}
 
-    files = layer(args.programs, args.plugins)
     packed = blob(gzip.compress(files, mtime=0), "application/vnd.oci.image.layer.v1.tar+gzip")
     config = {
         "architecture": architecture,
         "os": "linux",
-        "config": {"User": "0:0", "Entrypoint": ["/flatwire/ipamd"], "Cmd": ["--help"]},
+        "config": {"User": "0:0", "Entrypoint": entrypoint, "Cmd": cmd},
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(files).hexdigest()}"]},
     }
     as_json = lambda value: json.dumps(value, sort_keys=True).encode()  # noqa: E731
@@ -103,16 +99,13 @@ def main():
         "layers": [packed],
     }
     # containerd takes the first of the two for the image's name, podman and skopeo the second for its tag.
-    repository, _, tag = args.name.rpartition(":")
-    if not repository:
-        refuse(f"--name {args.name!r} is no repository with a tag, such as flatwire:0.1.0")
-    full = args.name if "/" in repository else f"docker.io/library/{args.name}"
+    full = name if "/" in repository else f"docker.io/library/{name}"
     names = {"io.containerd.image.name": full, "org.opencontainers.image.ref.name": tag}
     described = blob(as_json(manifest), manifest["mediaType"])
     described |= {"annotations": names, "platform": {"architecture": architecture, "os": "linux"}}
     index = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [described]}
 
-    beside = f"{args.out}.new"
+    beside = f"{out}.new"
     with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as archive:
         add(archive, "oci-layout", as_json({"imageLayoutVersion": "1.0.0"}), 0o644)
         add(archive, "index.json", as_json(index), 0o644)
@@ -120,8 +113,18 @@ def main():
         folder(archive, "blobs/sha256")
         for digest, content in sorted(blobs.items()):
             add(archive, f"blobs/sha256/{digest}", content, 0o644)
-    os.replace(beside, args.out)
-    print(f"image: {args.out} {full} {described['digest']} {os.path.getsize(args.out) // 1024} KiB")
+    os.replace(beside, out)
+    print(f"image: {out} {full} {described['digest']} {os.path.getsize(out) // 1024} KiB")
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("out")
+    arguments.add_argument("--programs", default=os.path.join(ROOT, "target/flatwire"))
+    arguments.add_argument("--plugins")
+    arguments.add_argument("--name", default="flatwire:0.1.0", help="repository and tag")
+    args = arguments.parse_args()
+    write(args.out, args.name, layer(args.programs, args.plugins), ["/flatwire/ipamd"], ["--help"])
 
 
 if __name__ == "__main__":

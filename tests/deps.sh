@@ -3,6 +3,8 @@
 #   ip, nft            the independent judges of what the kernel holds (tests only; Flatwire itself executes neither)
 #   iptables           both backends, for rules of the shapes kube-proxy makes (tests and the lab only)
 #   /usr/lib/cni       portmap, bandwidth and tuning, which run behind our plugin in tests
+#   containerd, runc,  the runtimes that tests run inside the lab's nodes, and there alone: their services are not started
+#   podman
 #   cc, cmake          aws-lc, the TLS library under the AWS SDK, is C
 #   musl               the plugin's C library, by rustup; does without where that cannot be had
 #   ca-certificates    go into the image, which a test makes
@@ -21,6 +23,10 @@ command -v ip >/dev/null || need+=(iproute2)
 command -v nft >/dev/null || need+=(nftables)
 command -v iptables-legacy >/dev/null && command -v iptables-nft >/dev/null || need+=(iptables)
 [ -x /usr/lib/cni/portmap ] || need+=(containernetworking-plugins)
+# Docker's own packages bring the first two, and must not be replaced: hence by program.
+command -v containerd >/dev/null || need+=(containerd)
+command -v runc >/dev/null || [ -x /usr/sbin/runc ] || need+=(runc)
+command -v podman >/dev/null || need+=(podman)
 command -v cc >/dev/null || need+=(build-essential)
 command -v cmake >/dev/null || need+=(cmake)
 command -v python3 >/dev/null || need+=(python3)
@@ -33,5 +39,12 @@ as_root=()
 [ "$(id -u)" = 0 ] || as_root=(sudo)
 echo "deps: installing ${need[*]} with apt-get"
 export DEBIAN_FRONTEND=noninteractive
+# Debian starts what it installs. This is how one says no to that, for as long as it takes.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $policy ]; then
+  trap '"${as_root[@]}" rm -f $policy' EXIT
+  printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee $policy >/dev/null
+  "${as_root[@]}" chmod 755 $policy
+fi
 "${as_root[@]}" apt-get update -qq
 "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${need[@]}" >/dev/null

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::failure::Failure;
 use crate::input::Call;
 use crate::spec::{self, AddResult, Interface, Ip, MAX_VETH_PREFIX, Route};
+use crate::wiring::wiring_of;
 
 /// Instances have at most a few dozen network cards.
 pub const MAX_INTERFACES: usize = 64;
@@ -140,16 +141,23 @@ pub fn granted(call: &Call, prefix: &str, metadata: &[IpAllocationMetadata]) -> 
     (0..=u8::MAX).zip(metadata).map(one).collect()
 }
 
-/// The result of an ADD. Per interface a host entry and a container entry whose `mac` is the route table; at the end an
-/// entry whose `sandbox` is the device number. Every released add-on finds its way back from these.
+/// The result of an ADD: per interface a host entry and a container entry.
+///
+/// For a pod of Kubernetes the `mac` of the latter is the route table, and a last entry's `sandbox` the device number: every
+/// released add-on finds its way back from these. Anybody else is told the MAC, which podman insists on, and no such entry.
 pub fn result(call: &Call, prefix: &str, mtu: u32, granted: &[Granted]) -> AddResult {
     let sandbox = call.netns.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+    let of_kubernetes = !call.args.pod_namespace.is_empty();
     let mut result = AddResult { dns: call.conf.dns().cloned(), ..AddResult::default() };
     for (position, one) in granted.iter().enumerate() {
         let host = Interface { name: one.host_if.clone(), mtu: Some(mtu), ..Interface::default() };
         let inside = Interface {
             name: one.pod_if.clone(),
-            mac: one.table.to_string(),
+            mac: if of_kubernetes {
+                one.table.to_string()
+            } else {
+                wiring_of(call, one, mtu).macs().pod_mac.to_string()
+            },
             mtu: Some(mtu),
             sandbox: sandbox.clone(),
         };
@@ -164,13 +172,15 @@ pub fn result(call: &Call, prefix: &str, mtu: u32, granted: &[Granted]) -> AddRe
             result.routes.push(Route { dst: everything.into(), gateway: Some(gateway), table, scope: None });
         }
     }
-    let device = granted.first().map(|one| one.device).unwrap_or_default();
-    result.interfaces.push(Interface {
-        name: Names::of(call).dummy(prefix),
-        mac: "0".into(),
-        mtu: None,
-        sandbox: device.to_string(),
-    });
+    if of_kubernetes {
+        let device = granted.first().map(|one| one.device).unwrap_or_default();
+        result.interfaces.push(Interface {
+            name: Names::of(call).dummy(prefix),
+            mac: "0".into(),
+            mtu: None,
+            sandbox: device.to_string(),
+        });
+    }
     result
 }
 
@@ -276,6 +286,20 @@ mod tests {
             "dns": {}
         });
         assert_eq!(result, expected);
+    }
+
+    /// podman reads a result's MAC and refuses what is none.
+    #[test]
+    fn a_container_that_is_no_pod_of_kubernetes_is_told_its_mac() {
+        let mut call = sample("ADD", &conf());
+        call.args.pod_namespace.clear();
+        let granted = granted(&call, "eni", &[metadata("10.0.17.25", 2, 1)]).unwrap();
+        let result = result(&call, "eni", 8951, &granted).encode(CniVersion::V0_4_0, None);
+        let interfaces = result["interfaces"].as_array().unwrap();
+        let mac = interfaces[1]["mac"].as_str().unwrap();
+        assert!(interfaces.len() == 2 && mac.len() == 17 && mac.split(':').count() == 6, "{result}");
+        let read = attached(result.as_object().unwrap(), "eth0");
+        assert_eq!((read.len(), read[0].pod_if.as_str(), read[0].addresses.len()), (1, "eth0", 1));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use flatwire_tests::manifest::container;
 use flatwire_tests::{binary, eventually};
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Spec};
@@ -31,31 +32,6 @@ exec unshare --mount --propagation private bash -eu -c '
   exec chroot "$root" setpriv --no-new-privs --bounding-set=-all,+net_admin --inh-caps=-all PROGRAM "$@"
 ' container "$@"
 "#;
-
-/// A container of the rendered DaemonSet.
-struct Container {
-    args: Vec<String>,
-    /// `NAME=VALUE`; what comes from the node and the pod is left out.
-    env: Vec<String>,
-    probe: Option<String>,
-}
-
-/// By the lines of the manifest, which `make chart` writes and holds against Kubernetes' schemas.
-fn container(name: &str) -> Container {
-    let manifest = include_str!("../../deploy/flatwire.yaml");
-    let head = format!("\n        - name: {name}\n          image: ");
-    let text = manifest.split(&head).nth(1).unwrap_or_else(|| panic!("no container {name}"));
-    let text = text.split("          volumeMounts:").next().unwrap();
-    let after = |line: &str, key: &str| Some(line.trim().strip_prefix(key)?.trim_matches(['"', '[', ']']).to_owned());
-    let lines: Vec<&str> = text.lines().collect();
-    let env = lines
-        .windows(2)
-        .filter_map(|pair| Some(format!("{}={}", after(pair[0], "- name: ")?, after(pair[1], "value: ")?)));
-    let args = lines.iter().find_map(|line| after(line, "args: ")).unwrap_or_default();
-    let args = args.split(", ").map(|arg| arg.trim_matches('"').to_owned()).collect();
-    let probe = lines.iter().find_map(|line| after(line, "path: "));
-    Container { args, env: env.collect(), probe }
-}
 
 fn start(programs: &Path) -> Lab {
     let name = format!("install-{}", std::process::id());
