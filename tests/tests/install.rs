@@ -4,7 +4,6 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use flatwire_tests::manifest::container;
 use flatwire_tests::{binary, eventually};
