@@ -39,6 +39,10 @@ planted: ## Plant ten classic bugs one by one in a copy of the code, and have th
 matrix: need-root build ## Every way of a packet beside kube-proxy's rules, in each of its modes, over IPv4 and IPv6, with the pod on a primary and a secondary ENI
 	$(BIN)/lab matrix
 
+.PHONY: e2e
+e2e: need-root build ## Kubernetes on the lab, Flatwire by the chart: 200 pods, drain, roll, removal (first time 10 min more, to build Kubernetes)
+	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) tests/e2e/run.sh $(TARGET_DIR)/$(TRIPLE)/release
+
 .PHONY: crash
 crash: need-root build ## Kill the daemon at every point where it changes something, on the live lab, and compare what is left
 	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) cargo test --release --workspace --test points -- --nocapture

@@ -35,16 +35,5 @@ command -v git >/dev/null || need+=(git)
 command -v kill >/dev/null && [ -x /bin/kill ] || need+=(procps)
 python3 -c 'import ensurepip' 2>/dev/null || need+=(python3-venv)
 [ ${#need[@]} -eq 0 ] && exit 0
-as_root=()
-[ "$(id -u)" = 0 ] || as_root=(sudo)
 echo "deps: installing ${need[*]} with apt-get"
-export DEBIAN_FRONTEND=noninteractive
-# Debian starts what it installs. This is how one says no to that, for as long as it takes.
-policy=/usr/sbin/policy-rc.d
-if [ ! -e $policy ]; then
-  trap '"${as_root[@]}" rm -f $policy' EXIT
-  printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee $policy >/dev/null
-  "${as_root[@]}" chmod 755 $policy
-fi
-"${as_root[@]}" apt-get update -qq
-"${as_root[@]}" apt-get install -y -qq --no-install-recommends "${need[@]}" >/dev/null
+"$(dirname "$0")/apt.sh" "${need[@]}"

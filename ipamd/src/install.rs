@@ -117,11 +117,11 @@ fn install_from(own: &Path, places: &Places) -> anyhow::Result<Vec<String>> {
     Ok(done)
 }
 
-/// Writes the conflist once a pod could be given an address. For as long as that cannot be, there is none, and the node is
-/// not Ready; one that is there already stays.
+/// Writes the conflist once a pod could be given an address that the node has: one that EC2 is asked for may be refused. For
+/// as long as that cannot be, there is none, and the node is not Ready; one that is there already stays.
 pub async fn when_ready(pool: Handle, dir: PathBuf, conflist: Value) {
     loop {
-        if pool.status().await.is_ok_and(|status| status.ready) {
+        if pool.status().await.is_ok_and(|status| status.ready && status.holds_addresses()) {
             let text = format!("{conflist:#}\n");
             match put(&dir, CONFLIST.as_ref(), text.as_bytes(), 0o644) {
                 Ok(changed) => {

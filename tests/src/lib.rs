@@ -55,10 +55,19 @@ fn build(name: &str) -> PathBuf {
 /// # Panics
 ///
 /// If it does not come.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
+    within(30, what, holds);
+}
+
+/// Waits for a condition, so many seconds at most.
+///
+/// # Panics
+///
+/// If it does not come.
+pub fn within(secs: u64, what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(secs);
     while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within 30 s");
+        assert!(Instant::now() < deadline, "{what}: not within {secs} s");
         std::thread::sleep(Duration::from_millis(50));
     }
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use lab::client::Lab;
@@ -33,6 +33,8 @@ use cri::runtime_service_client::RuntimeServiceClient;
 
 /// The image of sandboxes and containers: the program `peer`.
 pub const IMAGE: &str = "localhost/peer:1";
+/// Those that pods run on.
+pub const NODES: [&str; 2] = ["node-1", "node-2"];
 pub const CONFLIST: &str = "/etc/cni/net.d/10-aws.conflist";
 /// On the machine, from the package containernetworking-plugins.
 const PLUGINS: &str = "/usr/lib/cni";
@@ -62,13 +64,32 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// `peer` is the program that containers run.
+    /// Two nodes with our plugin on them as the chart puts it there. `peer` is the program that containers run.
     ///
     /// # Panics
     ///
     /// If a part of it cannot be had, with the reason.
     #[must_use]
     pub fn start(name: &str, peer: &Path) -> Self {
+        let scene = Self::bare(name, 2, peer);
+        let install = container("install");
+        let program = scene.lab.ipamd().unwrap();
+        let env = install.env.iter().map(String::as_str);
+        let command: Vec<&str> = ["env"].into_iter().chain(env).chain([program.as_str()]).collect();
+        let command = [command, install.args.iter().map(String::as_str).collect()].concat();
+        for node in NODES {
+            scene.run(node, &command);
+        }
+        scene
+    }
+
+    /// As many nodes with what a machine image brings, the plugins `loopback` and `portmap`, and nothing of ours.
+    ///
+    /// # Panics
+    ///
+    /// If a part of it cannot be had, with the reason.
+    #[must_use]
+    pub fn bare(name: &str, count: usize, peer: &Path) -> Self {
         let name = format!("{name}-{}", std::process::id());
         let outside = Outside::claim(&name);
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("image.py");
@@ -83,25 +104,18 @@ impl Scene {
         });
         let bin_dir = binary("ipamd").parent().map(Path::to_owned);
         let _ = binary("aws-cni");
-        let nodes = ["m5.large", "m5.large"].map(|kind| kind.parse().expect("a node")).to_vec();
+        let nodes = vec!["m5.large".parse().unwrap(); count];
         let spec = Spec { name, nodes, bin_dir, env: env.collect(), daemons: false, ..Spec::default() };
         let lab = Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)));
         let scene = Self { lab, outside };
-        for node in ["node-1", "node-2"] {
-            scene.furnish(node);
+        // The lab's own runtime needs what it puts there, and podman's package a conflist.
+        let furnish = format!(
+            "rm -f /etc/cni/net.d/* /opt/cni/bin/aws-cni && cp {PLUGINS}/loopback {PLUGINS}/portmap /opt/cni/bin/"
+        );
+        for number in 1..=count {
+            scene.run(&format!("node-{number}"), &["sh", "-c", &furnish]);
         }
         scene
-    }
-
-    /// What is there before the daemon is: the runtime's own plugins, ours by `ipamd install`, and no conflist.
-    fn furnish(&self, node: &str) {
-        let copy = format!("rm -f /etc/cni/net.d/* && cp {PLUGINS}/loopback {PLUGINS}/portmap /opt/cni/bin/");
-        self.run(node, &["sh", "-c", &copy]);
-        let install = container("install");
-        let program = self.lab.ipamd().unwrap_or_else(|error| panic!("{error}"));
-        let env = install.env.iter().map(String::as_str);
-        let command: Vec<&str> = ["env"].into_iter().chain(env).chain([program.as_str()]).collect();
-        self.run(node, &[command, install.args.iter().map(String::as_str).collect()].concat());
     }
 
     /// # Panics
@@ -109,6 +123,17 @@ impl Scene {
     /// If the command fails.
     pub fn run(&self, node: &str, command: &[&str]) -> String {
         self.lab.run(node, command).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The node's own address.
+    ///
+    /// # Panics
+    ///
+    /// If it has none.
+    #[must_use]
+    pub fn address(&self, node: &str) -> Ipv4Addr {
+        let found = self.lab.info().nodes.iter().find(|info| info.name == node);
+        found.and_then(|info| info.address).unwrap_or_else(|| panic!("{node} has no address"))
     }
 
     /// `ipamd` with these arguments, beside the daemon: whether it ended well, and what it said.
@@ -134,7 +159,7 @@ impl Scene {
 
     /// Starts both daemons and waits until they have written their conflists.
     pub fn serve(&mut self) {
-        for node in ["node-1", "node-2"] {
+        for node in NODES {
             self.daemon(node, DaemonAction::Start);
             eventually("the daemon's conflist is in place", || self.is_there(node, CONFLIST));
         }
@@ -180,18 +205,23 @@ impl Scene {
     ///
     /// If something stays, with its name.
     pub fn nothing_is_left(&self, addresses: &BTreeSet<Ipv4Addr>) {
-        for node in ["node-1", "node-2"] {
-            let mut left = Vec::new();
-            let deadline = std::time::Instant::now() + Duration::from_secs(30);
-            loop {
-                left.clone_from(&self.left(node, addresses));
-                if left.is_empty() {
-                    break;
-                }
-                assert!(std::time::Instant::now() < deadline, "{node}: stays: {left:#?}");
-                std::thread::sleep(Duration::from_millis(200));
+        NODES.iter().for_each(|node| self.nothing_is_left_on(node, addresses));
+    }
+
+    /// # Panics
+    ///
+    /// If something stays, with its name.
+    pub fn nothing_is_left_on(&self, node: &str, addresses: &BTreeSet<Ipv4Addr>) {
+        let mut left = Vec::new();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < deadline {
+            left = self.left(node, addresses);
+            if left.is_empty() {
+                return;
             }
+            std::thread::sleep(Duration::from_millis(200));
         }
+        panic!("{node}: stays: {left:#?}");
     }
 
     /// podman on a node, with these arguments.
@@ -230,7 +260,8 @@ impl Scene {
     }
 
     /// The node's own /run, as it is seen from here: outside of the lab's mounts.
-    fn run_dir(&self, node: &str) -> PathBuf {
+    #[must_use]
+    pub fn run_dir(&self, node: &str) -> PathBuf {
         let pid = lab::boot::dir_of(self.lab.name()).map(|dir| fs::read_to_string(dir.join("world.pid")));
         let pid = pid.ok().and_then(Result::ok).expect("the lab notes its process");
         Path::new("/proc").join(pid.trim()).join("root").join("run/nodes").join(node).join("run")
@@ -334,10 +365,17 @@ impl Containerd {
             cgroup: format!("{}/{node}", scene.cgroup()),
         };
         containerd.wait_until_it_answers();
-        let image = scene.image();
-        let import = ["ctr", "-n", "k8s.io", "images", "import", &image.to_string_lossy()];
-        scene.run(node, &import);
+        containerd.import(scene, &scene.image());
         containerd
+    }
+
+    /// An image from a file.
+    ///
+    /// # Panics
+    ///
+    /// If it is not taken.
+    pub fn import(&self, scene: &Scene, image: &Path) {
+        scene.run(&self.node, &["ctr", "-n", "k8s.io", "images", "import", &image.to_string_lossy()]);
     }
 
     /// Kills the daemon, and it alone: the shims that hold the containers go on.
@@ -359,13 +397,13 @@ impl Containerd {
     }
 
     fn wait_until_it_answers(&mut self) {
-        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while self.conditions().is_empty() {
             let ended = self.process.try_wait().ok().flatten();
             let log = fs::read_to_string(&self.log).unwrap_or_default();
             let tail: Vec<&str> = log.lines().rev().take(12).collect();
             assert!(ended.is_none(), "containerd ended ({ended:?}); its log, the last line first: {tail:#?}");
-            assert!(std::time::Instant::now() < deadline, "containerd does not answer within 60 s: {tail:#?}");
+            assert!(Instant::now() < deadline, "containerd does not answer within 60 s: {tail:#?}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }

@@ -9,10 +9,10 @@ use std::path::Path;
 
 use flatwire_tests::eventually;
 use flatwire_tests::runtimes::cri::Protocol;
-use flatwire_tests::runtimes::{CONFLIST, Containerd, Pod, Running, Scene, obstacle};
+use flatwire_tests::runtimes::{CONFLIST, Containerd, NODES, Pod, Running, Scene, obstacle};
 use lab::ctl::DaemonAction;
+use lab::fabric::EC2_INSIDE;
 
-const NODES: [&str; 2] = ["node-1", "node-2"];
 /// Where pods serve.
 const PORT: u16 = 7777;
 
@@ -61,7 +61,7 @@ fn pods_of_containerd_talk_on_a_node_and_across_nodes_and_leave_nothing() {
     let far = two.run_pod(&Pod::named("far")).unwrap();
     all_talk(&[(&one, &web), (&one, &near), (&two, &far)]);
     // By the node's address and port, from a pod of the other node and from the node itself.
-    let node = scene.lab.info().nodes.iter().find(|node| node.name == NODES[0]).unwrap().address.unwrap();
+    let node = scene.address(NODES[0]);
     assert_eq!(two.ask(&far, &format!("{node}:8080")), Ok(saw(far.address)));
     answers(&mut scene, node, 8080);
 
@@ -74,6 +74,27 @@ fn pods_of_containerd_talk_on_a_node_and_across_nodes_and_leave_nothing() {
         }
     }
     scene.nothing_is_left(&given);
+}
+
+/// A first address is asked for, and not there: no pod is to be sent here on the strength of a question.
+#[test]
+fn a_node_has_no_network_for_the_runtime_before_it_has_an_address() {
+    let Some(mut scene) = scene("first") else { return };
+    let containerd = Containerd::start(&scene, NODES[0]);
+    let ec2 = format!("{EC2_INSIDE}/32");
+    scene.run(NODES[0], &["ip", "route", "add", "unreachable", &ec2]);
+    scene.daemon(NODES[0], DaemonAction::Start);
+    let log = || scene.run(NODES[0], &["cat", "/var/log/aws-routed-eni/ipamd.log"]);
+    eventually("the first call has failed", || {
+        log().contains("AssignPrivateIpAddresses") && log().contains("a call failed")
+    });
+    assert!(!scene.is_there(NODES[0], CONFLIST) && !containerd.has_network());
+    scene.run(NODES[0], &["ip", "route", "del", "unreachable", &ec2]);
+    eventually("the runtime has a network", || containerd.has_network());
+    assert!(scene.is_there(NODES[0], CONFLIST));
+    let pod = containerd.run_pod(&Pod::named("web")).unwrap();
+    containerd.remove(&pod.sandbox).unwrap();
+    scene.nothing_is_left_on(NODES[0], &BTreeSet::from([pod.address]));
 }
 
 /// The runtime's own choice of version is the conflist's. Debian's containerd takes results up to 1.0.0.
@@ -247,7 +268,7 @@ fn podman_runs_containers_in_our_network_and_leaves_nothing() {
     assert!(scene.given(NODES[0]).contains(&address), "{address} is an address of the node's pool");
     assert_eq!(two.ask(&far, &address.to_string()), Ok(saw(far.address)));
     assert_eq!(scene.podman(NODES[0], &["exec", "web", "/peer", "ask", &far.address.to_string()]), Ok(saw(address)));
-    let node = scene.lab.info().nodes.iter().find(|node| node.name == NODES[0]).unwrap().address.unwrap();
+    let node = scene.address(NODES[0]);
     answers(&mut scene, node, 8080);
     let whom = far.address.to_string();
     let once = [&run[..], &["--rm", &image, "ask", &whom]].concat();

@@ -97,6 +97,14 @@ pub struct PoolStatus {
     pub now: Time,
 }
 
+impl PoolStatus {
+    /// The node holds addresses for pods, given or to be given. `ready` says less: EC2 may still be being asked for the first
+    /// one, and refuse.
+    pub fn holds_addresses(&self) -> bool {
+        self.free > 0 || self.counts.cooling > 0 || !self.pods.is_empty()
+    }
+}
+
 /// What is still wanted, and what that follows from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TargetRow {

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Kubernetes on the lab: finds or builds its programs, starts it, installs Flatwire by the chart, and judges. Ends with one line.
+#   usage: tests/e2e/run.sh FOLDER (of the release programs e2e and peer); FLATWIRE_BIN_DIR has the daemon, the plugin and the lab
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+programs=${1:?usage: tests/e2e/run.sh FOLDER}
+need=()
+command -v etcd >/dev/null || need+=(etcd-server)
+command -v conntrack >/dev/null || need+=(conntrack)
+command -v openssl >/dev/null || need+=(openssl)
+if [ ${#need[@]} -gt 0 ]; then
+  echo "e2e: installing ${need[*]} with apt-get"
+  "$here/../apt.sh" "${need[@]}"
+fi
+kubernetes=$("$here/kubernetes.sh")
+python=$("$here/../python.sh" chart)/bin/python
+exec "$programs/e2e" "$kubernetes" "$python"
