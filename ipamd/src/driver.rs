@@ -44,7 +44,11 @@ type Look = Box<dyn FnOnce(&Pool, Time) + Send>;
 
 enum Input {
     Event(Event),
-    Request { event: Box<dyn FnOnce(RequestId) -> Event + Send>, id: RequestId, reply: oneshot::Sender<Answer> },
+    Request {
+        event: Box<dyn FnOnce(RequestId) -> Event + Send>,
+        id: RequestId,
+        reply: oneshot::Sender<Answer>,
+    },
     Look(Look),
     /// What the API server says of this node now.
     Said(Box<Said>),

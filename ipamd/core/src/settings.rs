@@ -101,13 +101,11 @@ impl Sizing {
     ) -> (Self, Vec<SettingError>) {
         let mut refused = Vec::new();
         let mut allowed = own.clone();
-        allowed.retain(|variable, value| {
-            match Settings::parse(|name| (name == *variable).then(|| value.clone())) {
-                Ok(_) => true,
-                Err(errors) => {
-                    refused.extend(errors);
-                    false
-                }
+        allowed.retain(|variable, value| match Settings::parse(|name| (name == *variable).then(|| value.clone())) {
+            Ok(_) => true,
+            Err(errors) => {
+                refused.extend(errors);
+                false
             }
         });
         let over = |own: &BTreeMap<&'static str, String>| {
