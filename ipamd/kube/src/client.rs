@@ -16,8 +16,6 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
-use crate::Config;
-
 /// The longest wait for a connection, and for the head of an answer.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
@@ -28,12 +26,6 @@ const KEEPALIVE_RETRIES: u32 = 2;
 const IDLE: Duration = Duration::from_secs(30);
 /// A refusal is a few lines; an object we patched comes back whole and is not read.
 const MAX_REFUSAL_BYTES: usize = 16 << 10;
-
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    #[error("{server:?} is no API server: {allowed}")]
-    Server { server: String, allowed: &'static str },
-}
 
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
@@ -68,16 +60,15 @@ impl ApiError {
     }
 }
 
-/// Whether the address of the API server is one. The token is a secret: it leaves this machine only under TLS.
-pub fn check(config: &Config) -> Result<(), ConfigError> {
+/// Whether this is the URL of an API server; if not, what is. The token is a secret: it leaves this machine only under TLS.
+pub fn check_server(server: &str) -> Result<(), &'static str> {
     let allowed = "https://HOST:PORT, or http:// to 127.0.0.1 or [::1]";
-    let refused = || ConfigError::Server { server: config.server.clone(), allowed };
-    let uri: Uri = config.server.parse().map_err(|_| refused())?;
-    let own = matches!(uri.host(), Some("127.0.0.1" | "[::1]" | "localhost"));
+    let uri: Uri = server.parse().map_err(|_| allowed)?;
+    let own = matches!(uri.host(), Some("127.0.0.1" | "[::1]"));
     match uri.scheme_str() {
         Some("https") if uri.host().is_some() => Ok(()),
         Some("http") if own => Ok(()),
-        _ => Err(refused()),
+        _ => Err(allowed),
     }
 }
 
@@ -201,4 +192,19 @@ async fn tls(path: &Path, needed: bool) -> Result<rustls::ClientConfig, ApiError
     let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let config = config.map_err(|error| refused(error.to_string()))?;
     Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_token_leaves_the_machine_under_tls_only() {
+        for good in ["https://10.100.0.1:443", "https://[fd00::1]:443", "https://x.eks.aws/", "http://127.0.0.1:8001"] {
+            assert_eq!(check_server(good), Ok(()), "{good}");
+        }
+        for bad in ["http://10.100.0.1", "10.100.0.1:443", "ftp://h", "http://localhost:80", "https://", ""] {
+            assert!(check_server(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -210,6 +210,7 @@ impl<D: Daemon> Keeper<D> {
             task.abort();
         }
         self.view.forget_eni_config();
+        self.board.note(|noted| noted.eni_config = Some(name.clone()));
         let collection = Collection {
             resource: "eniconfigs",
             path: "/apis/crd.k8s.amazonaws.com/v1alpha1/eniconfigs",

@@ -36,7 +36,7 @@ use flatwire_core::pool::{Failure, Said};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc};
 
-pub use client::ConfigError;
+pub use client::check_server;
 pub use writes::WriteKind;
 
 /// Where a pod finds what it may use to call the API server.
@@ -49,7 +49,7 @@ const MAX_UNTOLD: usize = 256;
 /// Everything the adapter is told before it starts.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// `https://HOST:PORT`, or plain `http://` to this machine only.
+    /// Which `check_server` has passed.
     pub server: String,
     /// The name of our Node object.
     pub node: String,
@@ -161,6 +161,8 @@ impl Teller {
 pub struct Health {
     pub server: String,
     pub watches: BTreeMap<String, WatchHealth>,
+    /// The name of the ENIConfig that the node names, with custom networking.
+    pub eni_config: Option<String>,
     /// Settings of the node that are not allowed, and an ENIConfig that cannot be used.
     pub complaints: Vec<String>,
     /// Writes that wait.
@@ -186,14 +188,13 @@ pub struct Adapter {
 
 impl Adapter {
     /// Starts the adapter on the current runtime. It ends with the runtime.
-    pub fn start(config: Config, daemon: Arc<impl Daemon>, observer: Arc<dyn Observer>) -> Result<Self, ConfigError> {
-        client::check(&config)?;
+    pub fn start(config: Config, daemon: Arc<impl Daemon>, observer: Arc<dyn Observer>) -> Self {
         let (failures, untold) = mpsc::channel(MAX_UNTOLD);
         let changed = Arc::new(Notify::new());
         let teller = Teller { failures, changed: changed.clone(), observer: observer.clone() };
         let board = Arc::new(Board::new(config.server.clone()));
         tokio::spawn(keeper::keep(config, daemon, observer, board.clone(), untold, changed));
-        Ok(Self { board, teller })
+        Self { board, teller }
     }
 
     pub fn teller(&self) -> Teller {
@@ -215,6 +216,7 @@ struct Board {
 #[derive(Debug, Default)]
 struct Noted {
     watches: BTreeMap<&'static str, (bool, Option<Instant>, Option<String>)>,
+    eni_config: Option<String>,
     complaints: Vec<String>,
     queued: usize,
 }
@@ -249,6 +251,7 @@ impl Board {
             Health {
                 server: self.server.clone(),
                 watches: watches.collect(),
+                eni_config: noted.eni_config.clone(),
                 complaints: noted.complaints.clone(),
                 queued: noted.queued,
             }
