@@ -107,6 +107,28 @@ const PLACES: &[Place] = &[
         "chain the plugin bandwidth behind ours in the conflist",
     ),
     place(
+        "kubernetes",
+        "FLATWIRE_KUBERNETES",
+        "true",
+        "call the API server, where it and MY_NODE_NAME are known; false: never",
+    ),
+    place("api-server", "CLUSTER_ENDPOINT", "", "URL of the API server; empty: the one Kubernetes names to its pods"),
+    place("node-name", "MY_NODE_NAME", "", "name of this node's Node object; empty: the API server is not called"),
+    place("pod-name", "MY_POD_NAME", "", "name of the daemon's pod, as the reporter of events; empty: the node's"),
+    place("annotate-pods", "ANNOTATE_POD_IP", "false", "write pods' addresses to vpc.amazonaws.com/pod-ips"),
+    place(
+        "eni-config-annotation",
+        "ENI_CONFIG_ANNOTATION_DEF",
+        "k8s.amazonaws.com/eniConfig",
+        "node annotation that names the ENIConfig, with custom networking",
+    ),
+    place(
+        "eni-config-label",
+        "ENI_CONFIG_LABEL_DEF",
+        "k8s.amazonaws.com/eniConfig",
+        "node label that names it where the annotation does not",
+    ),
+    place(
         "lenient-settings",
         "FLATWIRE_LENIENT_SETTINGS",
         "false",
@@ -168,6 +190,8 @@ pub struct Config {
     pub network_policy_mode: String,
     pub plugin: PluginConfig,
     pub settings: Settings,
+    /// `None`: no API server is called, and why is said in the log.
+    pub kubernetes: Result<flatwire_kube::Config, &'static str>,
     /// Bad values that were put up with.
     pub leniencies: Vec<Leniency>,
     /// Variables that are set and change nothing, and why.
@@ -256,6 +280,7 @@ impl Config {
             network_policy_mode: network_policy_mode(&mut r),
             plugin: PluginConfig::default(),
             settings: Settings::read(&mut r),
+            kubernetes: Err("not asked for"),
             leniencies: Vec::new(),
             without_effect: Vec::new(),
         };
@@ -270,6 +295,7 @@ impl Config {
             log_level: plugin_log_level(&mut r),
             bandwidth: r.flag("ENABLE_BANDWIDTH_PLUGIN", false),
         };
+        config.kubernetes = kubernetes(&mut r, config.settings.custom_networking, lenient);
         config.without_effect = WITHOUT_EFFECT.iter().filter(|(name, _)| r.text(name).is_some()).copied().collect();
         match (first.finish(), r.finish()) {
             (Ok(_), Ok(leniencies)) => Ok(Self { leniencies, ..config }),
@@ -288,6 +314,54 @@ impl Config {
             ..flatwire_cloud::Config::new(env!("CARGO_PKG_VERSION"))
         }
     }
+}
+
+/// The API server as Kubernetes names it to pods, or as CLUSTER_ENDPOINT does: on a node whose kube-proxy comes later the
+/// first is not reached.
+fn kubernetes<L: Fn(&str) -> Option<String>>(
+    r: &mut Reader<L>,
+    custom_networking: bool,
+    lenient: bool,
+) -> Result<flatwire_kube::Config, &'static str> {
+    let wanted = r.flag("FLATWIRE_KUBERNETES", true);
+    let annotate_pods = r.flag("ANNOTATE_POD_IP", false);
+    let of_pods = r.text("KUBERNETES_SERVICE_HOST").map(|host| {
+        let port = r.text("KUBERNETES_SERVICE_PORT").unwrap_or_else(|| "443".to_owned());
+        if host.contains(':') { format!("https://[{host}]:{port}") } else { format!("https://{host}:{port}") }
+    });
+    let node = r.text("MY_NODE_NAME");
+    let (server, node) = match (r.text("CLUSTER_ENDPOINT").or(of_pods), node) {
+        (Some(server), Some(node)) if wanted => (server, node),
+        (server, node) => {
+            if annotate_pods {
+                let allowed = "false where no API server is called (FLATWIRE_KUBERNETES, KUBERNETES_SERVICE_HOST or \
+                               CLUSTER_ENDPOINT, MY_NODE_NAME)";
+                r.refuse("ANNOTATE_POD_IP", "true", allowed, false);
+            }
+            return Err(match (wanted, server, node) {
+                (false, ..) => "FLATWIRE_KUBERNETES is false",
+                (_, None, _) => "neither KUBERNETES_SERVICE_HOST nor CLUSTER_ENDPOINT is set",
+                _ => "MY_NODE_NAME is not set",
+            });
+        }
+    };
+    let settings = flatwire_core::settings::SETTINGS.iter().map(|(name, _, _)| *name);
+    let config = flatwire_kube::Config {
+        server: server.clone(),
+        reporter: r.text("MY_POD_NAME").unwrap_or_else(|| node.clone()),
+        node,
+        credentials: flatwire_kube::CREDENTIALS.into(),
+        annotate_pods,
+        custom_networking,
+        eni_config_annotation: text(r, "ENI_CONFIG_ANNOTATION_DEF"),
+        eni_config_label: text(r, "ENI_CONFIG_LABEL_DEF"),
+        settings: settings.filter_map(|name| Some((name.to_owned(), r.text(name)?))).collect(),
+        lenient,
+    };
+    if let Err(allowed) = flatwire_kube::check_server(&server) {
+        r.refuse_always("CLUSTER_ENDPOINT", &server, allowed);
+    }
+    Ok(config)
 }
 
 fn default_of(variable: &str) -> &'static str {
@@ -417,8 +491,27 @@ mod tests {
 
     #[test]
     fn what_changes_nothing_is_named() {
-        let config = parse(&[("CLUSTER_ENDPOINT", "https://api"), ("ENABLE_NFTABLES", "")]).unwrap();
-        assert_eq!(config.without_effect.iter().map(|(name, _)| *name).collect::<Vec<_>>(), ["CLUSTER_ENDPOINT"]);
+        let config = parse(&[("VPC_CNI_VERSION", "v1"), ("ENABLE_NFTABLES", "")]).unwrap();
+        assert_eq!(config.without_effect.iter().map(|(name, _)| *name).collect::<Vec<_>>(), ["VPC_CNI_VERSION"]);
+    }
+
+    #[test]
+    fn the_api_server_is_called_where_it_and_the_node_are_known() {
+        let kubernetes = |vars: &[(&str, &str)]| parse(vars).map(|config| config.kubernetes);
+        let pod = [("KUBERNETES_SERVICE_HOST", "10.100.0.1"), ("KUBERNETES_SERVICE_PORT", "443")];
+        assert!(kubernetes(&[]).unwrap().unwrap_err().contains("KUBERNETES_SERVICE_HOST"));
+        assert!(kubernetes(&pod).unwrap().unwrap_err().contains("MY_NODE_NAME"));
+        let pod = [pod[0], pod[1], ("MY_NODE_NAME", "n"), ("WARM_IP_TARGET", "2"), ("MY_POD_NAME", "aws-node-x")];
+        let config = kubernetes(&pod).unwrap().unwrap();
+        assert_eq!((config.server.as_str(), config.reporter.as_str()), ("https://10.100.0.1:443", "aws-node-x"));
+        assert_eq!(config.settings.get("WARM_IP_TARGET").map(String::as_str), Some("2"));
+        let off = [&pod[..], &[("FLATWIRE_KUBERNETES", "false")]].concat();
+        assert!(kubernetes(&off).unwrap().is_err());
+        let refused = |more: &[(&str, &str)]| kubernetes(more).unwrap_err().to_string();
+        assert!(refused(&[("ANNOTATE_POD_IP", "true")]).contains("ANNOTATE_POD_IP"), "nobody to annotate by");
+        assert!(refused(&[("CLUSTER_ENDPOINT", "http://api"), ("MY_NODE_NAME", "n")]).contains("https://HOST:PORT"));
+        let ipv6 = [("KUBERNETES_SERVICE_HOST", "fd00::1"), ("MY_NODE_NAME", "n")];
+        assert_eq!(kubernetes(&ipv6).unwrap().unwrap().server, "https://[fd00::1]:443");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use flatwire_core::ids::{SandboxId, Time};
 use flatwire_core::ledger::{LedgerState, Record};
 use flatwire_core::pool::{
-    Answer, Command, Event, Failure, ImportedPod, NodeState, OpId, Pool, PoolStatus, Reason, RequestId,
+    Answer, Command, Event, Failure, ImportedPod, NodeState, OpId, Pool, PoolStatus, Reason, RequestId, Said,
 };
 use flatwire_core::ports::{Cloud, CloudError, CloudErrorKind, CloudRequest, Kernel};
 use flatwire_store::journal::Journal;
@@ -44,8 +44,14 @@ type Look = Box<dyn FnOnce(&Pool, Time) + Send>;
 
 enum Input {
     Event(Event),
-    Request { event: Box<dyn FnOnce(RequestId) -> Event + Send>, id: RequestId, reply: oneshot::Sender<Answer> },
+    Request {
+        event: Box<dyn FnOnce(RequestId) -> Event + Send>,
+        id: RequestId,
+        reply: oneshot::Sender<Answer>,
+    },
     Look(Look),
+    /// What the API server says of this node now.
+    Said(Box<Said>),
     Stop(oneshot::Sender<()>),
 }
 
@@ -95,6 +101,11 @@ impl Handle {
         });
         self.inputs.send(Input::Look(look)).map_err(|_| Unavailable::Stopping)?;
         answer.await.map_err(|_| Unavailable::Stopping)
+    }
+
+    /// What the API server says of this node; holds until it says something else. A loop that is gone does not care.
+    pub fn said(&self, said: Said) {
+        let _ = self.inputs.send(Input::Said(Box::new(said)));
     }
 
     pub async fn status(&self) -> Result<PoolStatus, Unavailable> {
@@ -162,6 +173,9 @@ struct Loop<C, K, P> {
     checkpoint_ahead: bool,
     look_due: Time,
     complained: std::collections::BTreeSet<PathBuf>,
+    by_operator: Said,
+    by_api_server: Said,
+    /// What holds of the two.
     node_state: NodeState,
     stopping: Option<oneshot::Sender<()>>,
 }
@@ -190,6 +204,8 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             checkpoint_ahead: false,
             look_due: Time::default(),
             complained: std::collections::BTreeSet::new(),
+            by_operator: Said::default(),
+            by_api_server: Said::default(),
             node_state: NodeState::default(),
             stopping: None,
         };
@@ -270,6 +286,10 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
             Input::Look(look) => {
                 let now = self.now();
                 look(&self.driver.pool, now);
+            }
+            Input::Said(said) => {
+                self.by_api_server = *said;
+                events.extend(self.settle_node_state());
             }
             Input::Stop(done) => {
                 self.stopping = Some(done);
@@ -438,34 +458,33 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         if self.look_due <= now && self.stopping.is_none() {
             self.look_due = now.plus_ms(u64::try_from(LOOK_EVERY.as_millis()).unwrap_or(0));
             self.drain_releases();
-            let events = self.look_at_node_state(self.node_state.clone());
+            let events = self.look_at_node_state(self.by_operator.clone());
             if !events.is_empty() {
                 self.handle(events);
             }
         }
     }
 
-    /// What is newly said of the node; `otherwise` holds where the file cannot be read.
-    fn look_at_node_state(&mut self, otherwise: NodeState) -> Vec<Event> {
+    /// What the operator's file newly says; `otherwise` holds where it cannot be read.
+    fn look_at_node_state(&mut self, otherwise: Said) -> Vec<Event> {
         let Some(said) = self.driver.node_state.look() else { return Vec::new() };
-        let state = said.unwrap_or_else(|error| {
+        self.by_operator = said.unwrap_or_else(|error| {
             self.driver.metrics.error("node_state");
-            let level = node_state::level_name(otherwise.level);
+            let level = node_state::level_name(otherwise.level.unwrap_or_default());
             tracing::error!(error = %notes::chain(&error), level, "what is said of this node cannot be read; this holds");
             otherwise
         });
+        self.settle_node_state().into_iter().collect()
+    }
+
+    /// What holds now of all that is said, if that has changed.
+    fn settle_node_state(&mut self) -> Option<Event> {
+        let state = NodeState::of(&self.by_operator, &self.by_api_server);
         if state == self.node_state {
-            return Vec::new();
+            return None;
         }
-        let level = node_state::level_name(state.level);
-        tracing::info!(
-            level,
-            unschedulable = state.unschedulable,
-            scheduled_pods = state.scheduled_pods,
-            "said of this node"
-        );
         self.node_state = state.clone();
-        vec![Event::NodeState(state)]
+        Some(Event::NodeState(state))
     }
 
     fn drain_releases(&mut self) {

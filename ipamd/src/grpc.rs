@@ -11,6 +11,7 @@ use flatwire_core::ids::{PodName, SandboxId};
 use flatwire_core::ledger::Allocation;
 use flatwire_core::netplan::Snat;
 use flatwire_core::pool::{self, Answer, Event};
+use flatwire_kube::{AddFailed, Teller};
 use flatwire_proto::cni_backend_server::{CniBackend, CniBackendServer};
 use flatwire_proto::config_server_backend_server::{ConfigServerBackend, ConfigServerBackendServer};
 use flatwire_proto::{
@@ -50,6 +51,8 @@ pub struct Service {
     pub pool: Handle,
     pub metrics: Arc<Metrics>,
     pub network_policy_mode: String,
+    /// Who tells the API server; `None`: nobody.
+    pub teller: Option<Teller>,
 }
 
 /// Makes the socket, mode 0660, in a folder of mode 0755. A socket that nobody listens on is a dead daemon's and is replaced.
@@ -121,7 +124,9 @@ impl CniBackend for Service {
         let started = Instant::now();
         self.metrics.add_requests.inc();
         check_version(&request.client_version)?;
+        let pod = PodName { namespace: request.pod_namespace.clone(), name: request.pod_name.clone() };
         let reply = self.add(request).await;
+        self.tell(pod, reply.failure.as_ref());
         let outcome = if reply.success { "ok" } else { "failed" };
         self.metrics.add_seconds.with_label_values(&[outcome]).observe(started.elapsed().as_secs_f64());
         Ok(Response::new(reply))
@@ -141,6 +146,7 @@ impl CniBackend for Service {
         match self.pool.ask(move |request| Event::Del { request, sandbox }).await {
             Ok(Answer::Deleted(allocation)) => {
                 tracing::info!(sandbox = %asked, %pod, address = %allocation.address, "released");
+                self.tell(pod, None);
                 Ok(Response::new(DelNetworkReply {
                     success: true,
                     ip_allocation_metadata: vec![metadata(&allocation)],
@@ -215,6 +221,18 @@ impl CniBackend for Service {
 }
 
 impl Service {
+    /// That a pod has come or gone, or was refused. Waits for nobody.
+    fn tell(&self, pod: PodName, failure: Option<&Failure>) {
+        let Some(teller) = &self.teller else { return };
+        match failure {
+            Some(failure) => {
+                let (reason, message) = (name_of(failure.reason()), failure.message.clone());
+                teller.add_failed(AddFailed { pod, reason, message });
+            }
+            None => teller.changed(),
+        }
+    }
+
     async fn add(&self, request: AddNetworkRequest) -> AddNetworkReply {
         let failed = |failure: Failure| AddNetworkReply { failure: Some(failure), ..Default::default() };
         if request.requires_multi_nic_attachment {

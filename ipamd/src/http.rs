@@ -14,6 +14,7 @@ use flatwire_core::ids::{EniId, PodName};
 use flatwire_core::netplan::{PortChoice, Snat};
 use flatwire_core::pool::{Answer, Event, PoolStatus, Question};
 use flatwire_core::target::Policy;
+use flatwire_kube::Adapter;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
@@ -27,6 +28,8 @@ const LONGEST_RETRY: Duration = Duration::from_secs(60);
 pub struct Pages {
     pub pool: Handle,
     pub metrics: Arc<Metrics>,
+    /// `None`: the API server is not called.
+    pub kubernetes: Option<Adapter>,
 }
 
 pub fn metrics_pages(pages: Pages) -> Router {
@@ -46,7 +49,7 @@ pub fn introspection_pages(pages: Pages) -> Router {
         .route("/v1/explain/eni/{eni}", get(explain_eni))
         .route("/v1/explain/target", get(|pages| explain(pages, Question::Target)))
         .route("/v1/enis", get(enis))
-        .route("/v1/eni-configs", get(|| async { (StatusCode::NOT_FOUND, "custom networking is not in use\n") }))
+        .route("/v1/eni-configs", get(eni_configs))
         .route("/v1/networkutils-env-settings", get(network_settings))
         .route("/v1/ipamd-env-settings", get(ipamd_settings))
         .fallback(get(index))
@@ -77,7 +80,8 @@ async fn serve(name: &'static str, address: SocketAddr, pages: Router, mut bound
 
 async fn metrics(State(pages): State<Pages>) -> Response {
     let status = pages.pool.status().await.ok();
-    let text = pages.metrics.render(status.as_ref());
+    let health = pages.kubernetes.as_ref().map(Adapter::health);
+    let text = pages.metrics.render(status.as_ref(), health.as_ref());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
@@ -101,7 +105,14 @@ async fn index() -> Response {
 }
 
 async fn status(State(pages): State<Pages>) -> Response {
-    with_status(&pages, |status| serde_json::to_value(status).unwrap_or_default()).await
+    with_status(&pages, |status| {
+        let mut page = serde_json::to_value(status).unwrap_or_default();
+        if let Some(kubernetes) = &pages.kubernetes {
+            page["kubernetes"] = serde_json::to_value(kubernetes.health()).unwrap_or_default();
+        }
+        page
+    })
+    .await
 }
 
 /// Reads EC2 and the kernel before it answers.
@@ -138,6 +149,14 @@ async fn explain(State(pages): State<Pages>, question: Question) -> Response {
 
 async fn enis(State(pages): State<Pages>) -> Response {
     with_status(&pages, add_on_enis).await
+}
+
+/// The name of this node's ENIConfig.
+async fn eni_configs(State(pages): State<Pages>) -> Response {
+    match pages.kubernetes.and_then(|adapter| adapter.health().eni_config) {
+        Some(name) => json_page(&json!(name)),
+        None => (StatusCode::NOT_FOUND, "no ENIConfig of the API server is in use\n").into_response(),
+    }
 }
 
 async fn network_settings(State(pages): State<Pages>) -> Response {

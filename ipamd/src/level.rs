@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use flatwire_core::pool::{Level, NodeState};
+use flatwire_core::pool::{Level, Said};
 
 use crate::config::NODE_STATE;
 use crate::node_state;
@@ -32,17 +32,21 @@ fn level_named(name: String) -> Level {
 pub fn level(args: &LevelArgs) -> anyhow::Result<ExitCode> {
     let path = args.node_state.display();
     let said = node_state::read(&args.node_state)?;
-    let before = node_state::level_name(said.level);
+    let in_file = said.level.unwrap_or_default();
+    let before = node_state::level_name(in_file);
     let Some(level) = args.level else {
-        println!("level {before}: {}", node_state::meaning(said.level));
+        println!("level {before}: {}", node_state::meaning(in_file));
+        if said.level.is_none() {
+            println!("{path} says none, so an annotation flatwire.io/level of the node would hold; see `ipamd status`");
+        }
         return Ok(ExitCode::SUCCESS);
     };
     let name = node_state::level_name(level);
-    if level == said.level {
+    if Some(level) == said.level {
         println!("level {name} already: {}", node_state::meaning(level));
         return Ok(ExitCode::SUCCESS);
     }
-    let mut text = serde_json::to_string_pretty(&NodeState { level, ..said })?;
+    let mut text = serde_json::to_string_pretty(&Said { level: Some(level), ..said })?;
     text.push('\n');
     if let Some(folder) = args.node_state.parent() {
         std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;

@@ -6,6 +6,7 @@ use flatwire_cloud::CallObserver;
 use flatwire_core::audit::AuditReport;
 use flatwire_core::pool::{Level, PoolStatus};
 use flatwire_core::ports::{CloudError, RepairKind};
+use flatwire_kube::Health;
 use ipnet::IpNet;
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
@@ -42,6 +43,11 @@ pub struct Metrics {
     level: IntGauge,
     prefixes: IntGauge,
     per_eni: IntGaugeVec,
+    pub kube_lists: IntCounterVec,
+    pub kube_failures: IntCounterVec,
+    pub kube_writes: IntCounterVec,
+    pub kube_complaints: IntGauge,
+    kube_age: IntGaugeVec,
     pub add_seconds: HistogramVec,
 }
 
@@ -118,6 +124,19 @@ impl Metrics {
             level: gauge("flatwire_level", "what the daemon may do in EC2: 0 all, 1 no release, 2 nothing")?,
             prefixes: gauge("awscni_total_ipv4_prefixes", "/28 prefixes held")?,
             per_eni,
+            kube_lists: counters(
+                "flatwire_kube_lists_total",
+                "lists of the API server: each watch begins with one",
+                &["resource"],
+            )?,
+            kube_failures: counters("flatwire_kube_failures_total", "lists and watches that failed", &["resource"])?,
+            kube_writes: counters("flatwire_kube_writes_total", "writes to the API server", &["kind", "outcome"])?,
+            kube_complaints: gauge("flatwire_kube_invalid_settings", "what the API server says and cannot be used")?,
+            kube_age: gauges(
+                "flatwire_kube_silence_seconds",
+                "since the API server was last heard of, by what is watched",
+                &["resource"],
+            )?,
             add_seconds: histogram("flatwire_add_seconds", "time to answer an ADD", &["outcome"])?,
             registry,
         })
@@ -155,7 +174,13 @@ impl Metrics {
     }
 
     /// Everything in the text format, with the gauges as the pool stands now.
-    pub fn render(&self, status: Option<&PoolStatus>) -> String {
+    pub fn render(&self, status: Option<&PoolStatus>, kubernetes: Option<&Health>) -> String {
+        for (resource, watch) in kubernetes.iter().flat_map(|health| &health.watches) {
+            if let Some(heard_secs) = watch.heard_secs {
+                let heard_secs = i64::try_from(heard_secs).unwrap_or(i64::MAX);
+                self.kube_age.with_label_values(&[resource.as_str()]).set(heard_secs);
+            }
+        }
         if let Some(status) = status {
             self.set_gauges(status);
         }

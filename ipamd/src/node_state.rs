@@ -1,13 +1,13 @@
-//! What is said of this node from outside, as a file: `node-state.json`, the serde form of `NodeState`.
+//! What an operator says of this node, as a file: `node-state.json`, the serde form of `Said`.
 //!
-//! An operator writes its level with `ipamd level`; whoever watches the API server writes the rest. The daemon reads it and
-//! never writes it. A file that cannot be read is reported, and what it said before stays.
+//! `ipamd level` writes its level; where there is no API server, other fields may be written by whoever knows them. The
+//! daemon reads it and never writes it. A file that cannot be read is reported, and what it said before stays.
 
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use flatwire_core::pool::{Level, NodeState};
+use flatwire_core::pool::{Level, Said};
 
 use crate::notes::chain;
 
@@ -26,7 +26,7 @@ pub enum NodeStateError {
 }
 
 /// What the file says; nothing if it is not there.
-pub fn read(path: &Path) -> Result<NodeState, NodeStateError> {
+pub fn read(path: &Path) -> Result<Said, NodeStateError> {
     parse(path, content(path)?.as_deref())
 }
 
@@ -43,8 +43,8 @@ fn content(path: &Path) -> Result<Option<Vec<u8>>, NodeStateError> {
     Ok(Some(bytes))
 }
 
-fn parse(path: &Path, content: Option<&[u8]>) -> Result<NodeState, NodeStateError> {
-    let Some(bytes) = content else { return Ok(NodeState::default()) };
+fn parse(path: &Path, content: Option<&[u8]>) -> Result<Said, NodeStateError> {
+    let Some(bytes) = content else { return Ok(Said::default()) };
     serde_json::from_slice(bytes).map_err(|source| NodeStateError::Content { path: path.to_owned(), source })
 }
 
@@ -62,7 +62,7 @@ impl NodeStateFile {
     }
 
     /// What the file says, if it has changed since the last look. A bad file is an error once.
-    pub fn look(&mut self) -> Option<Result<NodeState, NodeStateError>> {
+    pub fn look(&mut self) -> Option<Result<Said, NodeStateError>> {
         let content = content(&self.path);
         let now = content.as_ref().map(Option::clone).map_err(|error| chain(error));
         if self.seen.as_ref() == Some(&now) {
@@ -75,8 +75,8 @@ impl NodeStateFile {
 
 /// What holds when the very first look finds a bad file: somebody said something, and it may have been to give nothing
 /// back.
-pub fn cautious() -> NodeState {
-    NodeState { level: Level::NoRelease, ..NodeState::default() }
+pub fn cautious() -> Said {
+    Said { level: Some(Level::NoRelease), ..Said::default() }
 }
 
 pub fn level_name(level: Level) -> &'static str {
@@ -104,11 +104,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("node-state.json");
         let mut file = NodeStateFile::new(path.clone());
-        assert_eq!(file.look().unwrap().unwrap(), NodeState::default(), "no file says nothing");
+        assert_eq!(file.look().unwrap().unwrap(), Said::default(), "no file says nothing");
         assert!(file.look().is_none());
         fs::write(&path, r#"{"level":"no-cloud","scheduled_pods":7}"#).unwrap();
         let state = file.look().unwrap().unwrap();
-        assert_eq!((state.level, state.scheduled_pods), (Level::NoCloud, Some(7)));
+        assert_eq!((state.level, state.scheduled_pods), (Some(Level::NoCloud), Some(7)));
         assert!(file.look().is_none());
         fs::write(&path, r#"{"level":"slow"}"#).unwrap();
         let error = file.look().unwrap().unwrap_err();
@@ -118,6 +118,6 @@ mod tests {
         fs::write(&path, "").unwrap();
         assert!(file.look().unwrap().is_err(), "an empty file is no file that is not there");
         fs::remove_file(&path).unwrap();
-        assert_eq!(file.look().unwrap().unwrap(), NodeState::default());
+        assert_eq!(file.look().unwrap().unwrap(), Said::default());
     }
 }

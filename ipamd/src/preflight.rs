@@ -111,7 +111,7 @@ fn settings(config: &Config) -> Vec<Check> {
         checks.push(Check::ok("settings", format!("{variable} has no effect: {why}")));
     }
     match node_state::read(&config.node_state) {
-        Ok(state) => checks.push(Check::ok("level", node_state::level_name(state.level))),
+        Ok(state) => checks.push(Check::ok("level", node_state::level_name(state.level.unwrap_or_default()))),
         Err(e) => checks.push(Check::new(Verdict::Warn, "level", chain(&e), "until then nothing is given back to EC2")),
     }
     checks.push(Check::ok("settings", format!("{:?}, {:?}", config.settings.policy, config.settings.mode)));

@@ -10,6 +10,7 @@ use flatwire_cloud::AwsCloud;
 use flatwire_core::ledger::LedgerState;
 use flatwire_core::pool::{ImportedPod, Pool};
 use flatwire_kernel::node::NodeKernel;
+use flatwire_kube::Adapter;
 use flatwire_store::journal::Journal;
 use flatwire_store::{StoreError, checkpoint};
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,6 +21,7 @@ use crate::driver::{Driver, wall_clock};
 use crate::grpc::{self, Service};
 use crate::http::{self, Pages};
 use crate::install;
+use crate::kube;
 use crate::metrics::Metrics;
 use crate::node_state::NodeStateFile;
 use crate::notes;
@@ -75,7 +77,9 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
         probe,
     };
     let pool = driver.start().context("start the pool's thread")?;
-    let pages = Pages { pool: pool.clone(), metrics: metrics.clone() };
+    let kubernetes = kube::start(config.kubernetes, pool.clone(), metrics.clone());
+    let teller = kubernetes.as_ref().map(Adapter::teller);
+    let pages = Pages { pool: pool.clone(), metrics: metrics.clone(), kubernetes };
     if let Some(address) = config.metrics {
         http::start("metrics", address, http::metrics_pages(pages.clone())).await;
     }
@@ -91,7 +95,7 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
         }
         tokio::spawn(install::when_ready(pool.clone(), dir, conflist));
     }
-    let service = Service { pool: pool.clone(), metrics, network_policy_mode: config.network_policy_mode };
+    let service = Service { pool: pool.clone(), metrics, network_policy_mode: config.network_policy_mode, teller };
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(grpc::serve(listener, service, async {
         let _ = stopped.await;

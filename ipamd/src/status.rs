@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use flatwire_core::pool::{Level, PoolStatus};
+use flatwire_core::pool::{Level, NodeState, Part, PoolStatus};
+use flatwire_kube::Health;
+use serde::Deserialize;
 
 use crate::ask::{AT_ONCE, Daemon};
 use crate::node_state;
@@ -19,6 +21,15 @@ pub struct StatusArgs {
     daemon: Daemon,
 }
 
+/// The daemon's page.
+#[derive(Deserialize)]
+struct Page {
+    #[serde(flatten)]
+    pool: PoolStatus,
+    /// `None`: the API server is not called.
+    kubernetes: Option<Health>,
+}
+
 /// Exit code 0: pods can be given addresses; an error otherwise, after the tables.
 pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let body = args.daemon.get("/v1/status", AT_ONCE)?;
@@ -26,15 +37,16 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         print!("{body}");
         return Ok(ExitCode::SUCCESS);
     }
-    let status: PoolStatus = serde_json::from_str(&body).context("the daemon answered something else than a status")?;
-    print!("{}", render(&status));
+    let Page { pool: status, kubernetes } =
+        serde_json::from_str(&body).context("the daemon answered something else than a status")?;
+    print!("{}", render(&status, kubernetes.as_ref()));
     match status.failure.filter(|_| !status.ready) {
         Some(failure) => bail!("no pod can be given an address: {}", failure.message),
         None => Ok(ExitCode::SUCCESS),
     }
 }
 
-fn render(status: &PoolStatus) -> String {
+fn render(status: &PoolStatus, kubernetes: Option<&Health>) -> String {
     let mut out = String::new();
     let counts = &status.counts;
     match &status.node {
@@ -54,6 +66,12 @@ fn render(status: &PoolStatus) -> String {
     if status.node_state.unschedulable || status.terminating {
         let what = if status.terminating { "EC2 has announced the end of this instance" } else { "unschedulable" };
         out += &format!("drain  {what}\n");
+    }
+    for (part, source) in &status.node_state.sources {
+        out += &format!("said   {part} {}: {source}\n", said(&status.node_state, *part));
+    }
+    if let Some(health) = kubernetes {
+        out += &api_server(health);
     }
     if let Some(target) = &status.target {
         out += &format!("target {}  ({})\n", target.wanted, target.why);
@@ -99,5 +117,34 @@ fn render(status: &PoolStatus) -> String {
         .collect();
     out += &format!("\n{} pods\n", pods.len());
     out += &table(&["POD", "ADDRESS", "ENI", "SANDBOX", "AGE"], &pods);
+    out
+}
+
+/// What holds of a part of the node's state.
+fn said(state: &NodeState, part: Part) -> String {
+    match part {
+        Part::Level => node_state::level_name(state.level).to_owned(),
+        Part::Unschedulable => state.unschedulable.to_string(),
+        Part::ScheduledPods => state.scheduled_pods.map_or("unknown".to_owned(), |pods| pods.to_string()),
+        Part::EniConfig => state.eni_config.as_ref().map_or("none".to_owned(), |config| config.subnet.to_string()),
+        Part::Sizing => "of its own".to_owned(),
+    }
+}
+
+fn api_server(health: &Health) -> String {
+    let watches: Vec<String> = health
+        .watches
+        .iter()
+        .map(|(resource, watch)| match (&watch.error, watch.heard_secs) {
+            (Some(error), None) => format!("{resource} never heard of: {error}"),
+            (Some(error), Some(secs)) => format!("{resource} heard of {secs} s ago: {error}"),
+            (None, Some(secs)) => format!("{resource} heard of {secs} s ago"),
+            (None, None) => format!("{resource} not heard of yet"),
+        })
+        .collect();
+    let mut out = format!("api    {}: {}; {} writes wait\n", health.server, watches.join(", "), health.queued);
+    for complaint in &health.complaints {
+        out += &format!("api    set aside: {complaint}\n");
+    }
     out
 }

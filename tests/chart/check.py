@@ -28,7 +28,13 @@ CASES = {
     "everything on": {
         "image": {"repository": "registry.example/flatwire", "tag": "v9"},
         "imagePullSecrets": [{"name": "pull"}],
-        "env": {"ENABLE_PREFIX_DELEGATION": "true", "WARM_IP_TARGET": "4", "FLATWIRE_METRICS_BIND_ADDRESS": "127.0.0.1:9"},
+        "env": {
+            "ENABLE_PREFIX_DELEGATION": "true",
+            "WARM_IP_TARGET": "4",
+            "FLATWIRE_METRICS_BIND_ADDRESS": "127.0.0.1:9",
+            "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG": "true",
+            "ANNOTATE_POD_IP": "true",
+        },
         "extraEnv": [{"name": "HTTPS_PROXY", "valueFrom": {"configMapKeyRef": {"name": "proxy", "key": "url"}}}],
         "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/ipamd"}},
         "metricsPort": 9,

@@ -61,28 +61,66 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("ENABLE_V4_EGRESS", "true", "pods with IPv6 only reach IPv4 destinations, translated to the node's address"),
     ("ENABLE_V6_EGRESS", "false", "not supported yet: IPv6 to the outside from IPv4 pods; dual stack does more"),
     ("ENABLE_MULTI_NIC", "false", "not supported yet: network cards above 0"),
-    ("ANNOTATE_POD_IP", "false", "not supported yet: the pod's address as an annotation"),
     ("POD_SECURITY_GROUP_ENFORCING_MODE", "strict", "not supported yet: security groups for pods"),
-    (
-        "ENI_CONFIG_ANNOTATION_DEF",
-        ENI_CONFIG_KEY,
-        "not supported yet: another node annotation that names the ENIConfig",
-    ),
-    ("ENI_CONFIG_LABEL_DEF", ENI_CONFIG_KEY, "not supported yet: another node label that names the ENIConfig"),
 ];
 
 /// Variables of the add-on that are accepted with any value and change nothing, and why.
 pub const WITHOUT_EFFECT: &[(&str, &str)] = &[
-    ("CLUSTER_ENDPOINT", "the daemon calls no API server"),
-    ("MY_NODE_NAME", "the daemon calls no API server"),
-    ("MY_POD_NAME", "the daemon writes no events"),
     ("VPC_CNI_VERSION", "the daemon calls AWS under its own name and version"),
     ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "the add-on does not read it any more; rp_filter of ENIs is always loose"),
     ("ENABLE_NFTABLES", "the add-on does not read it any more; there is nothing but nftables"),
 ];
 
-/// The node annotation and label that name the ENIConfig.
-const ENI_CONFIG_KEY: &str = "k8s.amazonaws.com/eniConfig";
+/// What a node may have for itself, as a label or an annotation `flatwire.io/NAME`, and the variable it stands for.
+pub const PER_NODE: &[(&str, &str)] = &[
+    ("warm-eni-target", "WARM_ENI_TARGET"),
+    ("warm-ip-target", "WARM_IP_TARGET"),
+    ("minimum-ip-target", "MINIMUM_IP_TARGET"),
+    ("warm-prefix-target", "WARM_PREFIX_TARGET"),
+    ("max-eni", "MAX_ENI"),
+    ("max-pods", "MAX_PODS"),
+    ("ip-cooldown-period", "IP_COOLDOWN_PERIOD"),
+];
+
+/// The settings that a node may have for itself, as they came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sizing {
+    pub policy: Policy,
+    pub max_eni: Option<u32>,
+    pub max_pods: u32,
+    pub cooldown_secs: u32,
+}
+
+impl Sizing {
+    /// What follows from a node's own values, by variable, over the environment's. A value that is not allowed is as if it
+    /// were not there; values that do not go together with the environment's all are. Each refusal is handed back.
+    pub fn of_node(
+        own: &BTreeMap<&'static str, String>,
+        environment: impl Fn(&str) -> Option<String>,
+        lenient: bool,
+    ) -> (Self, Vec<SettingError>) {
+        let mut refused = Vec::new();
+        let mut allowed = own.clone();
+        allowed.retain(|variable, value| match Settings::parse(|name| (name == *variable).then(|| value.clone())) {
+            Ok(_) => true,
+            Err(errors) => {
+                refused.extend(errors);
+                false
+            }
+        });
+        let over = |own: &BTreeMap<&'static str, String>| {
+            let mut reader = Reader::new(|name: &str| own.get(name).cloned().or_else(|| environment(name)));
+            reader = reader.lenient(lenient);
+            let sizing = Settings::read(&mut reader).sizing();
+            reader.finish().map(|_| sizing)
+        };
+        let sizing = over(&allowed).or_else(|errors| {
+            refused.extend(errors);
+            over(&BTreeMap::new())
+        });
+        (sizing.expect("invariant: the daemon does not start with an environment that is refused"), refused)
+    }
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
@@ -188,6 +226,18 @@ impl Settings {
         }
     }
 
+    pub fn sizing(&self) -> Sizing {
+        let Self { policy, max_eni, max_pods, cooldown_secs, .. } = *self;
+        Sizing { policy, max_eni, max_pods, cooldown_secs }
+    }
+
+    pub fn resize(&mut self, sizing: Sizing) {
+        self.policy = sizing.policy;
+        self.max_eni = sizing.max_eni;
+        self.max_pods = sizing.max_pods;
+        self.cooldown_secs = sizing.cooldown_secs;
+    }
+
     pub fn cooldown_ms(&self) -> u64 {
         u64::from(self.cooldown_secs) * 1_000
     }
@@ -221,17 +271,12 @@ fn not_supported<L: Fn(&str) -> Option<String>>(r: &mut Reader<L>) {
         "pods of IPv4 clusters reach IPv6 with addresses of their own: set ENABLE_IPv6=true beside ENABLE_IPv4=true",
     );
     r.unsupported_flag("ENABLE_MULTI_NIC", "only network card 0 is used");
-    r.unsupported_flag("ANNOTATE_POD_IP", "pods are not annotated");
     r.unsupported(
         "POD_SECURITY_GROUP_ENFORCING_MODE",
         "strict",
         "security groups for pods are not wired; the trunk's slot is kept free, no more",
         |value| value == "strict",
     );
-    for variable in ["ENI_CONFIG_ANNOTATION_DEF", "ENI_CONFIG_LABEL_DEF"] {
-        let what = "the ENIConfig of a node is found by the default key only";
-        r.unsupported(variable, ENI_CONFIG_KEY, what, |value| value == ENI_CONFIG_KEY);
-    }
 }
 
 /// A number that cannot be read, or is no mark, is 0x80 to the add-on; bits that belong to others it does not look at.
@@ -380,7 +425,7 @@ mod tests {
             ("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "dice"),
             ("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "10.0.0.0/33,192.168.0.0/16"),
             ("ADDITIONAL_ENI_TAGS", r#"{"a":"1","cluster.k8s.amazonaws.com/name":"x"}"#),
-            ("ANNOTATE_POD_IP", "true"),
+            ("ENABLE_MULTI_NIC", "true"),
         ];
         assert_eq!(parse(&bad).unwrap_err().len(), bad.len());
         let (s, said) = leniently(&bad).unwrap();
@@ -420,10 +465,7 @@ mod tests {
         for (variable, default, asked) in [
             ("ENABLE_V6_EGRESS", "false", "true"),
             ("ENABLE_MULTI_NIC", "false", "1"),
-            ("ANNOTATE_POD_IP", "False", "true"),
             ("POD_SECURITY_GROUP_ENFORCING_MODE", "strict", "standard"),
-            ("ENI_CONFIG_ANNOTATION_DEF", "k8s.amazonaws.com/eniConfig", "example.com/net"),
-            ("ENI_CONFIG_LABEL_DEF", "", "topology.kubernetes.io/zone"),
         ] {
             assert!(parse(&[(variable, default)]).is_ok(), "{variable}={default}");
             let text = parse(&[(variable, asked)]).unwrap_err()[0].to_string();
@@ -448,6 +490,34 @@ mod tests {
         for others in ["0x4000", "0x8000", "0x10000", "0x100", "0xffffffff"] {
             let errors = leniently(&[("AWS_VPC_K8S_CNI_CONNMARK", others)]).unwrap_err();
             assert!(errors[0].to_string().contains("kube-proxy's"), "{others}: {}", errors[0]);
+        }
+    }
+
+    #[test]
+    fn a_nodes_own_values_lie_over_the_environment_and_a_bad_one_changes_nothing() {
+        let environment = [("WARM_IP_TARGET", "2"), ("MINIMUM_IP_TARGET", "8"), ("MAX_PODS", "58")];
+        let sized = |own: &[(&'static str, &str)]| {
+            let own = own.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+            Sizing::of_node(&own, lookup(&environment), false)
+        };
+        let (plain, refused) = sized(&[]);
+        assert_eq!((plain, refused.len()), (parse(&environment).unwrap().sizing(), 0));
+        let (own, refused) = sized(&[("WARM_IP_TARGET", "9"), ("MAX_PODS", "20"), ("MAX_ENI", "none")]);
+        assert!(refused.len() == 1 && refused[0].to_string().contains("MAX_ENI=\"none\""), "{refused:?}");
+        assert_eq!((own.max_eni, own.max_pods), (None, 20));
+        assert!(matches!(own.policy, Policy::AddOn(WarmTargets { warm_ip: 9, minimum_ip: 8, .. })), "{own:?}");
+        // Each is allowed by itself; beside the environment they ask for no warm pool at all.
+        let environment = [("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
+        let own = [("WARM_PREFIX_TARGET", "0".to_owned())].into();
+        let (kept, refused) = Sizing::of_node(&own, lookup(&environment), false);
+        assert_eq!((kept, refused.len()), (parse(&environment).unwrap().sizing(), 1));
+    }
+
+    #[test]
+    fn every_setting_of_a_node_is_one_of_the_environment() {
+        for (key, variable) in PER_NODE {
+            assert!(SETTINGS.iter().any(|(name, _, _)| name == variable), "{variable}");
+            assert_eq!(key.replace('-', "_").to_ascii_uppercase(), *variable);
         }
     }
 

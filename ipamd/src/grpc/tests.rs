@@ -122,7 +122,8 @@ impl Bench {
             node_state: NodeStateFile::new(folder.path().join("node-state.json")),
             probe: NoProbe,
         };
-        let service = Service { pool: driver.start().unwrap(), metrics, network_policy_mode: String::new() };
+        let service =
+            Service { pool: driver.start().unwrap(), metrics, network_policy_mode: String::new(), teller: None };
         let deadline = Instant::now() + Duration::from_secs(20);
         while !runtime.block_on(service.pool.status()).unwrap().ready {
             assert!(Instant::now() < deadline, "the pool does not get ready");

@@ -18,6 +18,7 @@ mod note;
 mod pods;
 mod release;
 mod requests;
+mod said;
 mod setback;
 mod subnets;
 #[cfg(test)]
@@ -34,17 +35,18 @@ use serde::{Deserialize, Serialize};
 
 pub use explain::{ExplainLine, Explanation, Question};
 pub use note::Note;
+pub use said::{EniConfig, Level, NodeState, Part, Said};
 pub use setback::Setback;
 pub use view::{EniRow, Failure, PoolStatus, Reason};
 
 use crate::audit::AuditReport;
 use crate::bucket::Bucket;
 use crate::contest::Contests;
-use crate::ids::{DeviceIndex, EniId, MacAddress, PodName, SandboxId, SecurityGroupId, SubnetId, Time};
+use crate::ids::{DeviceIndex, EniId, MacAddress, PodName, SandboxId, SecurityGroupId, Time};
 use crate::ledger::{Allocation, LedgerState, Record};
 use crate::netplan::{Look, NodePlan};
 use crate::ports::{CloudError, CloudReply, CloudRequest, EniView, InstanceLimits, KernelReport, PodsSeen, Want};
-use crate::settings::Settings;
+use crate::settings::{Settings, Sizing};
 use crate::target::Counts;
 
 /// ADDs that wait at once; the next is refused at once, with the reason.
@@ -101,41 +103,6 @@ pub enum Event {
     Tick,
     /// The daemon stops: whoever waits is told so.
     Stop,
-}
-
-/// What is said of this node from outside. The default says nothing.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct NodeState {
-    pub level: Level,
-    /// The node has the taint node.kubernetes.io/unschedulable.
-    pub unschedulable: bool,
-    /// Pods bound to this node that need an address of the pool, whether they have one yet or not.
-    pub scheduled_pods: Option<u32>,
-    /// Subnet and groups of new ENIs, with custom networking.
-    pub eni_config: Option<EniConfig>,
-}
-
-/// How much the daemon may do in EC2: an operator's brake for incidents.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Level {
-    #[default]
-    Normal,
-    /// Nothing is given back: no unassign, no detach, no delete.
-    NoRelease,
-    /// EC2 is not called at all; what the node has is served.
-    NoCloud,
-}
-
-/// The ENIConfig that applies to this node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EniConfig {
-    pub subnet: SubnetId,
-    /// Empty: those of the primary ENI.
-    #[serde(default)]
-    pub security_groups: Vec<SecurityGroupId>,
 }
 
 /// A pod of another IPAM's state file.
@@ -294,7 +261,10 @@ struct KernelState {
 
 /// The state machine. See the module's head.
 pub struct Pool {
+    /// As they are in force: sized by the node's own settings where it has some.
     settings: Settings,
+    /// The sizes the daemon was started with.
+    started_with: Sizing,
     ledger: LedgerState,
     /// Grows with every change of what counts and the data path follow from.
     version: u64,
@@ -380,6 +350,7 @@ impl Pool {
         let limits =
             ledger.node.as_ref().and_then(|node| crate::limits::lookup(&node.instance_type)).map(|t| t.limits());
         Self {
+            started_with: settings.sizing(),
             settings,
             ledger,
             version: 0,
@@ -592,12 +563,12 @@ impl Pool {
     }
 
     fn node_state_said(&mut self, state: NodeState, out: &mut Out) {
-        if state != self.node_state {
-            let text = format!("{state:?}");
-            self.node_state = state;
+        if state.is_news_beside(&self.node_state) {
+            out.note(Note::NodeStateChanged { text: state.to_string() });
+            self.settings.resize(state.sizing.unwrap_or(self.started_with));
             self.version += 1;
-            out.note(Note::NodeStateChanged { text });
         }
+        self.node_state = state;
     }
 
     /// EC2 does not show the ENI on this instance.

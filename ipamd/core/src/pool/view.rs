@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use super::setback::{Setback, Subject};
-use super::{NodeState, Op, Pool};
+use super::{NodeState, Op, Part, Pool};
 use crate::contest::Contest;
 use crate::ids::{DeviceIndex, EniId, MacAddress, RouteTable, SubnetId, Time};
 use crate::ledger::{Allocation, NodeFacts, Progress};
@@ -283,20 +283,23 @@ impl Pool {
     }
 
     /// What forbids taking more from EC2, if anything does.
-    fn why_unchangeable(&self) -> Option<&'static str> {
+    fn why_unchangeable(&self) -> Option<String> {
         if self.settings.imds_only {
-            return Some("ENABLE_IMDS_ONLY_MODE forbids taking more");
+            return Some("ENABLE_IMDS_ONLY_MODE forbids taking more".to_owned());
         }
         if !self.settings.provisioning {
-            return Some("DISABLE_NETWORK_RESOURCE_PROVISIONING forbids taking more");
+            return Some("DISABLE_NETWORK_RESOURCE_PROVISIONING forbids taking more".to_owned());
         }
         if !self.may_read() {
-            return Some("an operator has set the level no-cloud; `ipamd level normal` lifts it");
+            let by = self.node_state.sources.get(&Part::Level).map_or("an operator", String::as_str);
+            return Some(format!("the level is no-cloud, says {by}; the level normal lifts it (`ipamd level normal`)"));
         }
         if self.settings.custom_networking && self.node_state.eni_config.is_none() {
-            return Some(
-                "custom networking is on and no ENIConfig is known for this node: without one no ENI can be made",
-            );
+            let why = self.node_state.sources.get(&Part::EniConfig);
+            let why = why.map_or("nobody has named one", String::as_str);
+            return Some(format!(
+                "custom networking is on and no ENIConfig is known for this node ({why}): without one no ENI can be made"
+            ));
         }
         None
     }
