@@ -4,7 +4,6 @@
 
 use std::process::Output;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 use flatwire_tests::{binary, eventually};
 use lab::client::Lab;
