@@ -160,6 +160,7 @@ impl Cluster {
             "authentication": { "anonymous": { "enabled": true }, "webhook": { "enabled": false } },
             "authorization": { "mode": "AlwaysAllow" },
             "resolvConf": "",
+            "syncFrequency": "5s",
             "kubeAPIQPS": 50,
             "kubeAPIBurst": 100,
         });

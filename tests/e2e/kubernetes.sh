@@ -19,6 +19,11 @@ if (cd "$kept" 2>/dev/null && ls "${programs[@]}" >/dev/null 2>&1 && sha256sum -
   exit
 fi
 started=$SECONDS
+release=$(. /etc/os-release && echo "${VERSION_CODENAME:-unknown}")
+[ "$release" = bookworm ] || {
+  say "this builds on Debian 12 (bookworm), and here is $release; put ${programs[*]} of v$version into $kept, with a SHA256SUMS"
+  exit 2
+}
 # Not the go of PATH: this tree is of the age of Debian's.
 go=/usr/lib/go-1.19/bin/go
 need=()

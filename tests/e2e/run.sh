@@ -13,5 +13,6 @@ if [ ${#need[@]} -gt 0 ]; then
   "$here/../apt.sh" "${need[@]}"
 fi
 kubernetes=$("$here/kubernetes.sh")
+echo "e2e: Kubernetes' programs are in $kubernetes; what follows takes about six minutes on two processors"
 python=$("$here/../python.sh" chart)/bin/python
 exec "$programs/e2e" "$kubernetes" "$python"

@@ -130,7 +130,7 @@ fn a_containerd_that_is_killed_costs_no_pod_its_network_and_no_address_is_given_
     all_talk(&[(&one, &old), (&two, &far)]);
 
     // Killed while pods are being made: when the daemon has given out some of their addresses.
-    let burst = Pod::burst("new", 12);
+    let burst = Pod::burst("new", 20);
     let calls: Vec<_> = burst.iter().cloned().map(|pod| one.run_in_background(pod)).collect();
     eventually("some pods have addresses", || scene.given(NODES[0]).len() > 3);
     one.kill(&scene);
@@ -163,7 +163,7 @@ fn a_containerd_that_is_killed_costs_no_pod_its_network_and_no_address_is_given_
     scene.collect(&one, NODES[0]);
     scene.run(
         NODES[0],
-        &["sh", "-c", "for name in /run/netns/cni-*; do umount $name && rm $name; done 2>/dev/null; true"],
+        &["sh", "-c", "for name in /run/netns/cni-*; do umount $name; rm -f $name; done 2>/dev/null; true"],
     );
     scene.nothing_is_left(&given);
 }
@@ -178,7 +178,7 @@ fn pods_live_on_and_are_removed_with_the_daemon_dead_and_are_known_to_be_when_it
     let far = two.run_pod(&Pod::named("far")).unwrap();
 
     // Killed while pods are being made: some have their addresses, some have not.
-    let burst = Pod::burst("new", 8);
+    let burst = Pod::burst("new", 16);
     let calls: Vec<_> = burst.iter().cloned().map(|pod| one.run_in_background(pod)).collect();
     eventually("some pods have addresses", || scene.given(NODES[0]).len() > pods.len() + 2);
     scene.daemon(NODES[0], DaemonAction::Kill);
