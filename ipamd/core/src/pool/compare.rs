@@ -376,6 +376,10 @@ impl Pool {
     }
 
     /// A pod of the ledger or a pod route of the kernel is in the slot.
+    pub(super) fn is_lived_on(&self, slots: &BTreeSet<IpNet>) -> bool {
+        slots.iter().any(|slot| self.somebody_lives_in(slot))
+    }
+
     pub(super) fn somebody_lives_in(&self, slot: &IpNet) -> bool {
         self.ledger.pods.values().any(|a| a.is_in(slot))
             || self.kernel.pods.routes.iter().any(|address| slot.contains(address))

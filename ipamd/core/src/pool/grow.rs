@@ -56,7 +56,9 @@ impl Pool {
             }
             match (eni.progress, eni.attachment) {
                 (Progress::Created, _) if self.full_without(&eni.id, now) => {
-                    if !self.may_give_back() || !self.may_call("DeleteNetworkInterface", now) {
+                    // One of its addresses may have been a pod's, until somebody took it away and EC2 gave it to this ENI.
+                    let lived_on = self.ledger.slots.get(&eni.id).is_some_and(|slots| self.is_lived_on(slots));
+                    if lived_on || !self.may_give_back() || !self.may_call("DeleteNetworkInterface", now) {
                         continue;
                     }
                     self.start(Op::Delete(eni.id.clone()), CloudRequest::DeleteEni { eni: eni.id }, now, out);

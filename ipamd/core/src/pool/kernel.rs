@@ -26,6 +26,7 @@ impl Pool {
             self.remember_links();
             let Some(plan) = self.node_plan() else { return };
             if self.kernel.plan.as_deref() != Some(&plan) {
+                self.forget_unplanned(&plan);
                 self.kernel.plan = Some(Arc::new(plan));
                 self.kernel.revision += 1;
             }
@@ -48,6 +49,20 @@ impl Pool {
         self.kernel.looked_at = Some(now);
         let op = self.new_op(Op::Program { revision: self.kernel.revision }, now);
         out.commands.push(Command::Kernel { op, plan, look });
+    }
+
+    /// What a plan lacks stands no longer as soon as the kernel has it, and its answer comes later: nothing is handed out
+    /// there from now on.
+    fn forget_unplanned(&mut self, plan: &NodePlan) {
+        for (id, live) in self.live.iter_mut().filter(|(id, _)| **id != plan.primary.id) {
+            match plan.enis.iter().find(|eni| eni.id == *id) {
+                Some(eni) => live.told.retain(|slot| eni.sources.contains(slot)),
+                None => {
+                    live.programmed = false;
+                    live.told.clear();
+                }
+            }
+        }
     }
 
     /// Somebody changed something in the kernel, perhaps we ourselves: then the look finds nothing, and that is the end.
@@ -195,12 +210,13 @@ impl Pool {
         Some(plan.with_settings(&self.settings))
     }
 
-    /// EC2 no longer shows this ENI here and another one has its place. One that merely does not show keeps its routes: a
+    /// EC2 no longer shows this ENI here and another one is attached in its place. One that merely does not show keeps its routes: a
     /// reading may be wrong, and pods may live there.
     fn is_replaced(&self, eni: &crate::ledger::EniRecord) -> bool {
         let gone = |id: &crate::ids::EniId| self.is_gone(id);
         let successor = |other: &&crate::ledger::EniRecord| {
-            other.id != eni.id && (other.card, other.device) == (eni.card, eni.device) && !gone(&other.id)
+            let same_place = (other.card, other.device) == (eni.card, eni.device);
+            other.id != eni.id && same_place && other.progress >= Progress::Attached && !gone(&other.id)
         };
         gone(&eni.id) && self.ledger.enis.values().any(|other| successor(&other))
     }

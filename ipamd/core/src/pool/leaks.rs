@@ -124,7 +124,7 @@ impl Pool {
 
     /// It is in the ledger, or a pod here lives on it.
     fn is_claimed(&self, eni: &EniId, slots: &BTreeSet<IpNet>) -> bool {
-        self.ledger.enis.contains_key(eni) || slots.iter().any(|slot| self.somebody_lives_in(slot))
+        self.ledger.enis.contains_key(eni) || self.is_lived_on(slots)
     }
 
     pub(super) fn leak_marked(&mut self, eni: &EniId, now: Time, out: &mut Out) {
