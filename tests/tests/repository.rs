@@ -51,17 +51,29 @@ fn arrows() -> BTreeMap<String, BTreeSet<String>> {
 #[test]
 fn arrows_point_to_core() {
     let arrows = arrows();
-    let allowed: [(&str, &[&str]); 10] = [
+    let allowed: [(&str, &[&str]); 11] = [
         ("flatwire-core", &[]),
         ("flatwire-proto", &[]),
         ("flatwire-store", &["flatwire-core"]),
         ("flatwire-kernel", &["flatwire-core", "tokio"]),
         ("flatwire-cloud", &["flatwire-core", "tokio", "aws-"]),
+        ("flatwire-kube", &["flatwire-core", "tokio"]),
         ("aws-cni", &["flatwire-core", "flatwire-kernel", "flatwire-proto", "tokio"]),
         ("lab-ec2", &["flatwire-core", "tokio"]),
         ("lab-sim", &["flatwire-core", "flatwire-store", "lab-ec2"]),
         ("lab", &["flatwire-core", "flatwire-kernel", "flatwire-proto", "lab-ec2", "tokio"]),
-        ("ipamd", &["flatwire-cloud", "flatwire-core", "flatwire-kernel", "flatwire-proto", "flatwire-store", "tokio"]),
+        (
+            "ipamd",
+            &[
+                "flatwire-cloud",
+                "flatwire-core",
+                "flatwire-kernel",
+                "flatwire-kube",
+                "flatwire-proto",
+                "flatwire-store",
+                "tokio",
+            ],
+        ),
     ];
     for (package, may) in allowed {
         let named = arrows.get(package).unwrap_or_else(|| panic!("no package {package}"));
@@ -130,6 +142,15 @@ fn every_setting_is_documented_with_its_default() {
         let row = page.lines().find(|line| line.starts_with(&format!("| `{name}` |")));
         let row = row.unwrap_or_else(|| panic!("docs/settings.md has no row for {name}"));
         assert!(row.contains(default), "the default of {name} is {default}: {row}");
+    }
+}
+
+/// What a node may have for itself, with the variable it stands for.
+#[test]
+fn every_setting_of_a_node_is_documented() {
+    let page = read("docs/settings.md");
+    for (key, variable) in flatwire_core::settings::PER_NODE {
+        assert!(page.contains(&format!("| `flatwire.io/{key}` | `{variable}` |")), "docs/settings.md has no {key}");
     }
 }
 

@@ -24,6 +24,8 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 const KEEPALIVE_RETRIES: u32 = 2;
 /// Connections that nobody uses any more. Watches keep their own.
 const IDLE: Duration = Duration::from_secs(30);
+/// Of an answer, what is read at once: a list of many pods must not be in memory whole.
+const MAX_READ_BYTES: usize = 64 << 10;
 /// A refusal is a few lines; an object we patched comes back whole and is not read.
 const MAX_REFUSAL_BYTES: usize = 16 << 10;
 
@@ -80,7 +82,7 @@ pub struct Client {
 
 impl Client {
     /// Reads the authority's certificates, and calls nobody.
-    pub async fn new(server: &str, credentials: &Path) -> Result<Self, ApiError> {
+    pub fn new(server: &str, credentials: &Path) -> Result<Self, ApiError> {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
@@ -88,12 +90,13 @@ impl Client {
         tcp.set_keepalive(Some(KEEPALIVE));
         tcp.set_keepalive_interval(Some(KEEPALIVE));
         tcp.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
-        let tls = tls(&credentials.join("ca.crt"), server.starts_with("https")).await?;
+        let tls = tls(&credentials.join("ca.crt"), server.starts_with("https"))?;
         let connector = hyper_rustls::HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1();
         let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(1)
+            .http1_max_buf_size(MAX_READ_BYTES)
             .build(connector.wrap_connector(tcp));
         let server = server.trim_end_matches('/').to_owned();
         Ok(Self { http, server, token: credentials.join("token") })
@@ -118,8 +121,9 @@ impl Client {
         path: &str,
         body: Option<(&'static str, Vec<u8>)>,
     ) -> Result<Response<Incoming>, ApiError> {
-        // Read each time: it is replaced well before it ends, and calls are few.
-        let token = tokio::fs::read_to_string(&self.token).await;
+        // Read each time: it is replaced well before it ends, and calls are few. A few hundred bytes in memory, not worth a
+        // thread of their own.
+        let token = std::fs::read_to_string(&self.token);
         let token = token.map_err(|source| ApiError::Credentials { path: self.token.clone(), source })?;
         let mut request = Request::builder()
             .method(method)
@@ -174,12 +178,11 @@ async fn refusal(answer: Response<Incoming>) -> ApiError {
 }
 
 /// Trusts the cluster's authority and nobody else. A plain server needs none.
-async fn tls(path: &Path, needed: bool) -> Result<rustls::ClientConfig, ApiError> {
+fn tls(path: &Path, needed: bool) -> Result<rustls::ClientConfig, ApiError> {
     let refused = |why: String| ApiError::Certificates { path: path.to_owned(), why };
     let mut roots = rustls::RootCertStore::empty();
     if needed {
-        let pem = tokio::fs::read(path).await;
-        let pem = pem.map_err(|source| ApiError::Credentials { path: path.to_owned(), source })?;
+        let pem = std::fs::read(path).map_err(|source| ApiError::Credentials { path: path.to_owned(), source })?;
         for certificate in CertificateDer::pem_slice_iter(&pem) {
             let certificate = certificate.map_err(|error| refused(error.to_string()))?;
             roots.add(certificate).map_err(|error| refused(error.to_string()))?;

@@ -135,7 +135,7 @@ pub async fn keep<D: Daemon>(
 async fn client(config: &Config, board: &Board) -> Client {
     let mut failures = 0;
     loop {
-        match Client::new(&config.server, &config.credentials).await {
+        match Client::new(&config.server, &config.credentials) {
             Ok(client) => return client,
             Err(error) => {
                 let why = chain(&error);
