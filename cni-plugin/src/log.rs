@@ -108,11 +108,12 @@ fn append_to(path: &Path, max_bytes: u64) -> Option<File> {
     if !path.is_absolute() {
         return None;
     }
-    if let Some(folder) = path.parent() {
-        let _ = fs::create_dir_all(folder);
-    }
     let open = || OpenOptions::new().create(true).append(true).mode(0o644).custom_flags(NON_BLOCKING).open(path).ok();
-    let file = open()?;
+    let first_on_node = || {
+        let _ = path.parent().map(fs::create_dir_all);
+        open()
+    };
+    let file = open().or_else(first_on_node)?;
     let opened = file.metadata().ok()?;
     if !opened.is_file() || opened.len() < max_bytes {
         return opened.is_file().then_some(file);

@@ -140,19 +140,19 @@ fn is_broadcast(address: IpAddr) -> bool {
 /// time enabled.
 pub async fn wire(wiring: &PodWiring) -> Result<Wired, KernelError> {
     let netns = Netns::open(&wiring.netns)?;
-    let pod = Netlink::in_namespace(&netns)?;
-    wire_in(wiring, &netns, &pod).await
-}
-
-/// As `wire`, for a caller who has the pod's namespace open and a connection to it.
-pub async fn wire_in(wiring: &PodWiring, netns: &Netns, pod: &Netlink) -> Result<Wired, KernelError> {
-    wiring.check()?;
     if netns.id()? == Netns::current()?.id()? {
         return Err(KernelError::BadInput {
             what: format!("network namespace {}", wiring.netns.display()),
             why: "it is the node's own",
         });
     }
+    let pod = Netlink::in_namespace(&netns)?;
+    wire_in(wiring, &netns, &pod).await
+}
+
+/// As `wire`, for a caller who has the pod's namespace open, knows it not to be the node's own, and has a connection to it.
+pub async fn wire_in(wiring: &PodWiring, netns: &Netns, pod: &Netlink) -> Result<Wired, KernelError> {
+    wiring.check()?;
     let host = Netlink::open()?;
     let link = create(&host, pod, wiring, netns).await?;
     match configure(&host, pod, wiring, netns, &link).await {

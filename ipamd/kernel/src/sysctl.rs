@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use nix::errno::Errno;
 
@@ -27,8 +28,8 @@ const MOUNTED: &str = "/host/proc/sys";
 
 /// The file of `net/ipv4/ip_forward` and the like.
 pub fn path(key: &str) -> PathBuf {
-    let mounted = Path::new(MOUNTED).join(key);
-    if mounted.exists() { mounted } else { Path::new("/proc/sys").join(key) }
+    static IS_MOUNTED: LazyLock<bool> = LazyLock::new(|| Path::new(MOUNTED).join("net").exists());
+    Path::new(if *IS_MOUNTED { MOUNTED } else { "/proc/sys" }).join(key)
 }
 
 /// Gives a sysctl a value, unless it has it. Unknown and read-only ones are reported and not an error.
