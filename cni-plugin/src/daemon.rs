@@ -11,9 +11,10 @@ use flatwire_proto::{
     DelNetworkRequest, DeleteNpRequest, EnforceNpRequest, GcNetworkReply, GcNetworkRequest, StaleAttachment,
     StatusReply, StatusRequest,
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::codegen::http::Uri;
 use tonic::{Code, Response, Status};
 
+use crate::connection::{Connection, ORIGIN};
 use crate::failure::{Failure, with_sources};
 use crate::input::Call;
 use crate::spec::ValidAttachment;
@@ -40,23 +41,21 @@ const IPAMD: &str = "ipamd";
 const POLICY_AGENT: &str = "the network policy agent";
 
 pub struct Daemon {
-    client: CniBackendClient<Channel>,
+    client: CniBackendClient<Connection>,
     peer: Peer,
 }
 
 /// Who is at the other end, for messages.
 struct Peer {
     name: &'static str,
-    /// The configuration key its socket is given by.
-    key: &'static str,
     socket: PathBuf,
 }
 
 impl Daemon {
     pub async fn connect(socket: &Path) -> Result<Self, Failure> {
-        let peer = Peer { name: IPAMD, key: "ipamdSocket", socket: socket.to_owned() };
-        let channel = peer.connect().await?;
-        Ok(Self { client: CniBackendClient::new(channel), peer })
+        let peer = Peer { name: IPAMD, socket: socket.to_owned() };
+        let connection = peer.connect().await?;
+        Ok(Self { client: CniBackendClient::with_origin(connection, Uri::from_static(ORIGIN)), peer })
     }
 
     pub async fn add(&mut self, call: &Call) -> Result<AddNetworkReply, Failure> {
@@ -144,8 +143,8 @@ impl Daemon {
 
 /// Asks the network policy agent to guard the pod before it starts.
 pub async fn enforce_policy(socket: &Path, call: &Call, mode: &str, interfaces: usize) -> Result<(), Failure> {
-    let peer = Peer { name: POLICY_AGENT, key: "npaSocket", socket: socket.to_owned() };
-    let mut client = NpBackendClient::new(peer.connect().await?);
+    let peer = Peer { name: POLICY_AGENT, socket: socket.to_owned() };
+    let mut client = NpBackendClient::with_origin(peer.connect().await?, Uri::from_static(ORIGIN));
     let request = EnforceNpRequest {
         pod_name: call.args.pod_name.clone(),
         pod_namespace: call.args.pod_namespace.clone(),
@@ -159,20 +158,18 @@ pub async fn enforce_policy(socket: &Path, call: &Call, mode: &str, interfaces: 
 
 /// Tells the network policy agent that the pod is gone.
 pub async fn delete_policy(socket: &Path, call: &Call) -> Result<(), Failure> {
-    let peer = Peer { name: POLICY_AGENT, key: "npaSocket", socket: socket.to_owned() };
-    let mut client = NpBackendClient::new(peer.connect().await?);
+    let peer = Peer { name: POLICY_AGENT, socket: socket.to_owned() };
+    let mut client = NpBackendClient::with_origin(peer.connect().await?, Uri::from_static(ORIGIN));
     let request =
         DeleteNpRequest { pod_name: call.args.pod_name.clone(), pod_namespace: call.args.pod_namespace.clone() };
     peer.within("DeletePodNp", POLICY_CALL, client.delete_pod_np(request)).await.map(drop)
 }
 
 impl Peer {
-    async fn connect(&self) -> Result<Channel, Failure> {
-        let endpoint = Endpoint::from_shared(format!("unix://{}", self.socket.display()))
-            .map_err(|e| Failure::config(self.key, &format!("cannot be used as a socket address: {e}")))?;
-        match tokio::time::timeout(CONNECT, endpoint.connect()).await {
-            Ok(Ok(channel)) => Ok(channel),
-            Ok(Err(error)) => Err(self.away(with_sources(&error))),
+    async fn connect(&self) -> Result<Connection, Failure> {
+        match tokio::time::timeout(CONNECT, Connection::open(&self.socket)).await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) => Err(self.away(with_sources(error.as_ref()))),
             Err(_) => Err(self.away(format!("no connection within {CONNECT:?}"))),
         }
     }

@@ -2,12 +2,13 @@
 //!
 //! * `input` reads the call, `spec` are the types of CNI, `answer` is the one object the runtime gets back;
 //! * one file per verb: `add`, `del`, `check`, `gc`, `status` (VERSION is a line in `spec`);
-//! * `pod` knows names and the shape of a result, `wiring` the kernel, `daemon` the other processes, `queue` the releases
-//!   that have to wait, `failure` every error and its code.
+//! * `pod` knows names and the shape of a result, `wiring` the kernel, `daemon` the other processes and `connection` the
+//!   way to them, `queue` the releases that have to wait, `failure` every error and its code.
 
 mod add;
 mod answer;
 mod check;
+mod connection;
 mod daemon;
 mod del;
 mod failure;

@@ -240,7 +240,7 @@ fn furnish(files: &Path, programs: Option<&Programs>) -> Result<()> {
             "mtu": VPC_MTU.to_string(),
             "podSGEnforcingMode": "strict",
             "pluginLogFile": "/var/log/aws-routed-eni/plugin.log",
-            "pluginLogLevel": "DEBUG",
+            "pluginLogLevel": "info",
             "capabilities": { "io.kubernetes.cri.pod-annotations": true },
         }],
     });

@@ -123,6 +123,11 @@ impl<'a> VethEnd<'a> {
 
     fn describe<T>(&self, mut builder: LinkMessageBuilder<T>) -> LinkMessageBuilder<T> {
         builder = builder.name(self.name.clone());
+        // One queue is what a pair gets anyhow. Not asked for, the kernel makes one per processor and takes them back, each end
+        // behind a grace period of RCU with the lock of all of its network configuration held.
+        builder = builder
+            .append_extra_attribute(LinkAttribute::NumTxQueues(1))
+            .append_extra_attribute(LinkAttribute::NumRxQueues(1));
         if let Some(mac) = self.mac {
             builder = builder.address(mac.0.to_vec());
         }

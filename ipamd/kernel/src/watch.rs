@@ -57,8 +57,14 @@ impl Watch {
 
     /// Waits until something has changed that matters, and then until it is quiet for a moment.
     pub async fn changed(&mut self) -> Result<(), KernelError> {
-        while !self.drain()? {
+        loop {
             self.readable().await?;
+            if self.drain()? {
+                break;
+            }
+            // A pod that comes or goes: the kernel tells of it in several messages, and one look at all of them takes less
+            // of the processor that the plugin needs.
+            tokio::time::sleep(QUIET).await;
         }
         let end = tokio::time::Instant::now() + AT_MOST;
         // A timeout is the quiet that was waited for.
