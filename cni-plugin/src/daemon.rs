@@ -4,6 +4,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use flatwire_core::error::chain;
 use flatwire_proto::cni_backend_client::CniBackendClient;
 use flatwire_proto::np_backend_client::NpBackendClient;
 use flatwire_proto::{
@@ -15,7 +16,7 @@ use tonic::codegen::http::Uri;
 use tonic::{Code, Response, Status};
 
 use crate::connection::{Connection, ORIGIN};
-use crate::failure::{Failure, with_sources};
+use crate::failure::Failure;
 use crate::input::Call;
 use crate::spec::ValidAttachment;
 
@@ -169,7 +170,7 @@ impl Peer {
     async fn connect(&self) -> Result<Connection, Failure> {
         match tokio::time::timeout(CONNECT, Connection::open(&self.socket)).await {
             Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(error)) => Err(self.away(with_sources(error.as_ref()))),
+            Ok(Err(error)) => Err(self.away(chain(error.as_ref()))),
             Err(_) => Err(self.away(format!("no connection within {CONNECT:?}"))),
         }
     }
@@ -188,7 +189,7 @@ impl Peer {
         };
         // A status that came over the wire has no source; one with a source stands for a connection that broke.
         if std::error::Error::source(&status).is_some() {
-            return Err(self.away(with_sources(&status)));
+            return Err(self.away(chain(&status)));
         }
         Err(match status.code() {
             Code::Unavailable | Code::Cancelled => self.away(status.message().to_owned()),

@@ -6,12 +6,13 @@
 
 use std::time::Duration;
 
+use flatwire_core::error::chain;
 use flatwire_proto::CheckNetworkReply;
 use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::daemon::{self, Daemon};
-use crate::failure::{Failure, with_sources};
+use crate::failure::Failure;
 use crate::input::Call;
 use crate::log::{Level, Log};
 use crate::pod;
@@ -83,7 +84,7 @@ fn by_names(call: &Call, names: &pod::Names, prefix: &str, known: &CheckNetworkR
 
 /// Keeps the release on disk and says so.
 pub fn queue_release(call: &Call, failure: Failure, log: &Log) -> Result<(), Failure> {
-    let why = with_sources(&failure);
+    let why = chain(&failure);
     match call.conf.release_queue_dir().and_then(|dir| Queue::new(dir).push(call)) {
         Ok(Queued::Written) => {
             log.line(Level::Warn, "release queued: ipamd did not take it", &[("error", why.into())]);
@@ -103,7 +104,7 @@ pub fn queue_release(call: &Call, failure: Failure, log: &Log) -> Result<(), Fai
 /// A release that went through makes an earlier queued one moot. Left behind it does no harm either.
 fn settle(call: &Call, log: &Log) {
     if let Err(failure) = call.conf.release_queue_dir().and_then(|dir| Queue::new(dir).settle(call)) {
-        log.line(Level::Warn, "stale release left in the queue", &[("error", with_sources(&failure).into())]);
+        log.line(Level::Warn, "stale release left in the queue", &[("error", chain(&failure).into())]);
     }
 }
 
@@ -115,7 +116,7 @@ async fn forget_policy(call: &Call, mode: &str, log: &Log) {
     match timeout(POLICY, told).await {
         Ok(Ok(())) => {}
         Ok(Err(failure)) => {
-            log.line(Level::Warn, "policy agent not told of the end", &[("error", with_sources(&failure).into())]);
+            log.line(Level::Warn, "policy agent not told of the end", &[("error", chain(&failure).into())]);
         }
         Err(_) => log.line(Level::Warn, "policy agent not told of the end", &[("error", "no answer in time".into())]),
     }

@@ -34,6 +34,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use flatwire_core::error::chain;
 use flatwire_kernel::KernelError;
 use flatwire_proto::Reason;
 
@@ -198,14 +199,10 @@ impl Failure {
             Self::PolicyRefused { .. } => "see the log of the network policy agent on this node",
             Self::Queue { .. } => "see that the file system has room and is writable",
             Self::ReleaseLost { daemon, queue, .. } => {
-                return format!(
-                    "ipamd: {}; queue: {}; the runtime calls DEL again",
-                    with_sources(daemon),
-                    with_sources(queue)
-                );
+                return format!("ipamd: {}; queue: {}; the runtime calls DEL again", chain(daemon), chain(queue));
             }
             Self::Gc { errors } => {
-                let all: Vec<String> = errors.iter().map(|error| with_sources(error)).collect();
+                let all: Vec<String> = errors.iter().map(|error| chain(error)).collect();
                 return format!("everything else was removed; left over: {}", all.join("; "));
             }
             Self::NotReady { source } => return source.details(),
@@ -220,27 +217,12 @@ impl Failure {
     pub fn object(&self, version: CniVersion) -> ErrorObject<'static> {
         let msg = match self {
             Self::Kernel { verb, pod, source } => {
-                format!("cannot {verb} the network of {pod}: {}", with_sources(source))
+                format!("cannot {verb} the network of {pod}: {}", chain(source))
             }
             other => other.to_string(),
         };
         ErrorObject { cni_version: version.text(), code: self.code(), msg, details: self.details() }
     }
-}
-
-/// The error and its causes in one line. Variants that carry their source in their own text end the walk.
-pub fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        let said = source.to_string();
-        if !text.contains(&said) {
-            text.push_str(": ");
-            text.push_str(&said);
-        }
-        next = source.source();
-    }
-    text
 }
 
 /// Codes of the reasons when the daemon does not expect them to pass. Those that pass by nature stay "try again later".

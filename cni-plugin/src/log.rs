@@ -9,10 +9,11 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use flatwire_core::error::chain;
 use flatwire_core::ids::Time;
 use serde_json::{Map, Value};
 
-use crate::failure::{Failure, with_sources};
+use crate::failure::Failure;
 use crate::spec::NetConf;
 
 /// The file is moved aside at this size, so a node keeps at most twice as much.
@@ -77,7 +78,7 @@ impl Log {
         match outcome {
             Ok(_) => self.line(Level::Info, "done", &[("ms", millis)]),
             Err(failure) => {
-                let error = with_sources(failure).into();
+                let error = chain(failure).into();
                 self.line(Level::Error, "failed", &[("ms", millis), ("code", failure.code().into()), ("error", error)]);
             }
         }

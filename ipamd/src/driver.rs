@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use flatwire_core::error::chain;
 use flatwire_core::ids::{SandboxId, Time};
 use flatwire_core::ledger::{LedgerState, Record};
 use flatwire_core::pool::{
@@ -220,7 +221,7 @@ async fn watch_kernel<K: Kernel>(kernel: Arc<K>, sender: Sender<Input>) {
     loop {
         if let Err(error) = kernel.changed().await {
             tracing::warn!(
-                error = %notes::chain(&error),
+                error = %chain(&error),
                 seconds = WATCH_AGAIN.as_secs(),
                 "changes in the kernel are not heard of for now; it is still compared with the plan every few seconds"
             );
@@ -317,7 +318,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         }
         if !records.is_empty() {
             if let Err(error) = self.effect(Effect::Persist, |driver| driver.journal.append(&records)) {
-                let text = notes::chain(&error);
+                let text = chain(&error);
                 tracing::error!(error = %text, "the ledger could not be written; nothing of this batch was promised");
                 self.take_back(records, rest, &text);
                 return;
@@ -393,7 +394,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                         Ok((report, kernel.pods().await?))
                     };
                     let result = match tokio::time::timeout(KERNEL_DEADLINE, work).await {
-                        Ok(result) => result.map_err(|error: K::Error| notes::chain(&error)),
+                        Ok(result) => result.map_err(|error: K::Error| chain(&error)),
                         Err(_) => Err(format!("the kernel has not answered within {} s", KERNEL_DEADLINE.as_secs())),
                     };
                     let _ = sender.send(Input::Event(Event::Kernel { op, result }));
@@ -430,7 +431,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                 }
                 _ => {
                     if let Err(error) = self.effect(Effect::Settle, |_| releases::settle(&path)) {
-                        tracing::warn!(error = %notes::chain(&error), "a settled release stays in the queue");
+                        tracing::warn!(error = %chain(&error), "a settled release stays in the queue");
                     }
                 }
             },
@@ -446,13 +447,13 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
             if !self.checkpoint_ahead {
                 let written = self.effect(Effect::Checkpoint, |d| checkpoint::write(&d.checkpoint, d.pool.ledger()));
                 if let Err(error) = written {
-                    tracing::warn!(error = %notes::chain(&error), "the add-on's checkpoint is behind");
+                    tracing::warn!(error = %chain(&error), "the add-on's checkpoint is behind");
                 }
             }
             if self.driver.journal.is_long(self.driver.pool.ledger())
                 && let Err(error) = self.effect(Effect::Compact, |d| d.journal.compact(d.pool.ledger()))
             {
-                tracing::warn!(error = %notes::chain(&error), "the ledger stays long");
+                tracing::warn!(error = %chain(&error), "the ledger stays long");
             }
         }
         if self.look_due <= now && self.stopping.is_none() {
@@ -471,7 +472,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         self.by_operator = said.unwrap_or_else(|error| {
             self.driver.metrics.error("node_state");
             let level = node_state::level_name(otherwise.level.unwrap_or_default());
-            tracing::error!(error = %notes::chain(&error), level, "what is said of this node cannot be read; this holds");
+            tracing::error!(error = %chain(&error), level, "what is said of this node cannot be read; this holds");
             otherwise
         });
         self.settle_node_state().into_iter().collect()
@@ -491,7 +492,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         let queued = match releases::list(&self.driver.release_queue) {
             Ok(queued) => queued,
             Err(error) => {
-                tracing::warn!(error = %notes::chain(&error), "the queue of releases could not be read");
+                tracing::warn!(error = %chain(&error), "the queue of releases could not be read");
                 return;
             }
         };
@@ -503,7 +504,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
                 Ok(release) if self.is_stale(&release) => {
                     tracing::info!(sandbox = %release.sandbox(), "a queued release of an earlier life is dropped");
                     if let Err(error) = releases::settle(&item.path) {
-                        tracing::warn!(error = %notes::chain(&error), "a stale release stays in the queue");
+                        tracing::warn!(error = %chain(&error), "a stale release stays in the queue");
                     }
                 }
                 Ok(release) => {

@@ -7,9 +7,8 @@ use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
+use flatwire_core::error::chain;
 use flatwire_core::pool::{Level, Said};
-
-use crate::notes::chain;
 
 /// The file is a few lines; more is not it.
 const MAX_BYTES: u64 = 64 << 10;

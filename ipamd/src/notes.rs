@@ -1,24 +1,11 @@
 //! The pool's notes as log lines and counters: the one place where what happened is put into words for the log.
 
 use std::collections::BTreeSet;
-use std::error::Error;
 
 use flatwire_core::pool::Note;
 use ipnet::IpNet;
 
 use crate::metrics::Metrics;
-
-/// An error with its causes, outermost first.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
 
 fn list(slots: &BTreeSet<IpNet>) -> String {
     slots.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")

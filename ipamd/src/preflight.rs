@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use flatwire_cloud::{AwsCloud, Permission, PermissionOutcome};
+use flatwire_core::error::chain;
 use flatwire_core::limits;
 use flatwire_core::ports::{Cloud, CloudError, CloudReply, CloudRequest, InstanceLimits, Metadata};
 use flatwire_core::settings::Settings;
@@ -18,7 +19,6 @@ use serde::Serialize;
 
 use crate::config::{Config, Refused, RunArgs};
 use crate::node_state;
-use crate::notes::chain;
 use crate::table::{Colour, coloured, progress, table};
 
 #[derive(Args, Debug)]

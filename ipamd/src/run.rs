@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use flatwire_cloud::AwsCloud;
+use flatwire_core::error::chain;
 use flatwire_core::ledger::LedgerState;
 use flatwire_core::pool::{ImportedPod, Pool};
 use flatwire_kernel::node::NodeKernel;
@@ -24,7 +25,6 @@ use crate::install;
 use crate::kube;
 use crate::metrics::Metrics;
 use crate::node_state::NodeStateFile;
-use crate::notes;
 use crate::probe::Probe;
 
 /// How long requests under way may take after a stop was asked for; the kubelet kills after more.
@@ -143,9 +143,9 @@ fn pods_left_here(path: &Path, ledger: &LedgerState) -> Vec<ImportedPod> {
     };
     match kept {
         Ok(kept) => {
-            tracing::error!(error = %notes::chain(&error), kept_as = %kept.display(), "started without its pods")
+            tracing::error!(error = %chain(&error), kept_as = %kept.display(), "started without its pods")
         }
-        Err(why) => tracing::error!(error = %notes::chain(&error), %why, "started without its pods, and it is lost"),
+        Err(why) => tracing::error!(error = %chain(&error), %why, "started without its pods, and it is lost"),
     }
     Vec::new()
 }

@@ -1,6 +1,6 @@
-//! The lab's one error type, and the one place that prints a chain of causes.
+//! The lab's one error type.
 
-use std::fmt::Write as _;
+pub use flatwire_core::error::chain;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -64,15 +64,4 @@ impl<T> Doing<T> for serde_json::Result<T> {
     fn doing(self, what: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|source| Error::Json { what: what(), source })
     }
-}
-
-/// An error with its causes on one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let _ = write!(text, ": {inner}");
-        cause = inner.source();
-    }
-    text
 }

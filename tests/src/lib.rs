@@ -8,11 +8,13 @@ pub mod runtimes;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use lab::api::element;
 use lab::client::Lab;
+use lab::ctl::Spec;
 
 /// The path of one of our programs, ready to run.
 ///
@@ -50,13 +52,39 @@ fn build(name: &str) -> PathBuf {
     executable.unwrap_or_else(|| panic!("cargo built {name} but named no executable"))
 }
 
-/// Waits for a condition, half a minute at most.
+/// The folder of our programs, with the daemon and the plugin in it: a lab is given both together.
+///
+/// # Panics
+///
+/// If they cannot be built, or are in two folders.
+pub fn programs() -> PathBuf {
+    let (ipamd, plugin) = (binary("ipamd"), binary("aws-cni"));
+    assert_eq!(ipamd.parent(), plugin.parent(), "both programs are in one folder");
+    ipamd.parent().expect("a program is in a folder").to_owned()
+}
+
+/// A lab's name that no other test of this machine has.
+pub fn name_of(suite: &str) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("{suite}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A lab of its own.
+///
+/// # Panics
+///
+/// If it does not come up, with its reason.
+pub fn start(spec: &Spec) -> Lab {
+    Lab::start(&binary("lab"), spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+}
+
+/// Waits for a condition, a minute at most.
 ///
 /// # Panics
 ///
 /// If it does not come.
 pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
-    within(30, what, holds);
+    within(60, what, holds);
 }
 
 /// Waits for a condition, so many seconds at most.
@@ -65,10 +93,22 @@ pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
 ///
 /// If it does not come.
 pub fn within(secs: u64, what: &str, mut holds: impl FnMut() -> bool) {
+    found(secs, what, || if holds() { Ok(()) } else { Err("it does not hold") });
+}
+
+/// Waits for what a look finds, so many seconds at most.
+///
+/// # Panics
+///
+/// If it does not come, with what there was instead.
+pub fn found<T, E: std::fmt::Display>(secs: u64, what: &str, mut look: impl FnMut() -> Result<T, E>) -> T {
     let deadline = Instant::now() + Duration::from_secs(secs);
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within {secs} s");
-        std::thread::sleep(Duration::from_millis(50));
+    loop {
+        match look() {
+            Ok(found) => return found,
+            Err(instead) => assert!(Instant::now() < deadline, "{what}: not within {secs} s: {instead}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

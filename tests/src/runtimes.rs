@@ -21,7 +21,7 @@ use serde_json::Value;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::manifest::container;
-use crate::{binary, eventually};
+use crate::{binary, eventually, name_of, programs, start};
 
 /// The calls of the Container Runtime Interface.
 pub mod cri {
@@ -90,7 +90,7 @@ impl Scene {
     /// If a part of it cannot be had, with the reason.
     #[must_use]
     pub fn bare(name: &str, count: usize, peer: &Path) -> Self {
-        let name = format!("{name}-{}", std::process::id());
+        let name = name_of(name);
         let outside = Outside::claim(&name);
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("image.py");
         let mut command = Command::new("python3");
@@ -102,11 +102,9 @@ impl Scene {
             let (name, value) = pair.split_once('=')?;
             Some((name.to_owned(), value.to_owned()))
         });
-        let bin_dir = binary("ipamd").parent().map(Path::to_owned);
-        let _ = binary("aws-cni");
         let nodes = vec!["m5.large".parse().unwrap(); count];
-        let spec = Spec { name, nodes, bin_dir, env: env.collect(), daemons: false, ..Spec::default() };
-        let lab = Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)));
+        let (bin_dir, env) = (Some(programs()), env.collect());
+        let lab = start(&Spec { name, nodes, bin_dir, env, daemons: false, ..Spec::default() });
         let scene = Self { lab, outside };
         // The lab's own runtime needs what it puts there, and podman's package a conflist.
         let furnish = format!(

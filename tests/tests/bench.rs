@@ -3,22 +3,15 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use flatwire_tests::binary;
+use flatwire_tests::{binary, name_of, programs};
 use serde_json::Value;
-
-/// Where both programs of a node are.
-fn programs() -> PathBuf {
-    let (ipamd, plugin) = (binary("ipamd"), binary("aws-cni"));
-    assert_eq!(ipamd.parent(), plugin.parent(), "both programs are in one folder");
-    ipamd.parent().unwrap().to_owned()
-}
 
 /// Runs a quick benchmark and returns its report and its last line.
 fn quick(name: &str, out: &Path, options: &[&str]) -> (Value, String) {
-    let name = format!("{name}-{}", std::process::id());
+    let name = name_of(name);
     let output = Command::new(binary("lab"))
         .args(["bench", "--quick", "--name", &name, "--bin-dir"])
         .arg(programs())

@@ -4,12 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use flatwire_tests::binary;
+use flatwire_tests::{binary, name_of, programs};
 use lab::api::element;
 use lab::client::Lab;
 use lab::ctl::{EniInfo, Info, NodeInfo, NodeSpec, PodInfo, Request, Spec};
@@ -20,17 +18,6 @@ use serde_json::json;
 const NODE_TYPE: &str = "t3.small";
 const PEER_CIDR: &str = "10.99.0.0/16";
 
-fn programs() -> PathBuf {
-    let (ipamd, plugin) = (binary("ipamd"), binary("aws-cni"));
-    assert_eq!(ipamd.parent(), plugin.parent(), "both programs are in one folder");
-    ipamd.parent().unwrap().to_owned()
-}
-
-fn name(of: &str) -> String {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("{of}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
-}
-
 /// A lab with a node per list of variables.
 fn start(of: &str, nodes: &[&[(&str, &str)]]) -> Lab {
     let node = |env: &&[(&str, &str)]| NodeSpec {
@@ -38,9 +25,8 @@ fn start(of: &str, nodes: &[&[(&str, &str)]]) -> Lab {
         env: env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
         ..NodeSpec::default()
     };
-    let spec =
-        Spec { name: name(of), nodes: nodes.iter().map(node).collect(), bin_dir: Some(programs()), ..Spec::default() };
-    Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    let nodes = nodes.iter().map(node).collect();
+    flatwire_tests::start(&Spec { name: name_of(of), nodes, bin_dir: Some(programs()), ..Spec::default() })
 }
 
 fn machine(lab: &mut Lab, name: &str) -> NodeInfo {
@@ -88,7 +74,7 @@ fn every_way_works_beside_kube_proxy_in_each_of_its_modes() {
         ("dual", "nft", "0x1001", &everything[1..3]),
     ] {
         let output = Command::new(binary("lab"))
-            .args(["matrix", "--families", families, "--modes", modes, "--name", &name("matrix")])
+            .args(["matrix", "--families", families, "--modes", modes, "--name", &name_of("matrix")])
             .args(["--env", &format!("AWS_VPC_K8S_CNI_CONNMARK={mark}"), "--bin-dir"])
             .arg(programs())
             .output()

@@ -4,12 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 use flatwire_core::families::EGRESS;
-use flatwire_tests::binary;
+use flatwire_tests::{found, name_of, programs};
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Info, NodeInfo, NodeSpec, PodInfo, Probe, Request, Spec};
 use lab::fabric::{EC2_INSIDE, IMDS};
@@ -21,25 +18,18 @@ const PODS: usize = 5;
 const DUAL: &[(&str, &str)] = &[("ENABLE_IPv6", "true"), ("MINIMUM_IP_TARGET", "5")];
 const V6_ONLY: &[(&str, &str)] = &[("ENABLE_IPv6", "true"), ("ENABLE_IPv4", "false")];
 
-fn programs() -> PathBuf {
-    let _ = (binary("aws-cni"), binary("ipamd"));
-    binary("lab").parent().unwrap().to_owned()
-}
-
 fn start(env: &[(&str, &str)]) -> Lab {
     start_each([env, env])
 }
 
 fn start_each(env: [&[(&str, &str)]; 2]) -> Lab {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("families-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let variables = |env: &[(&str, &str)]| -> BTreeMap<String, String> {
         env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
     };
     let node = |env| NodeSpec { instance_type: NODE_TYPE.to_owned(), env: variables(env), ..NodeSpec::default() };
     let nodes = env.into_iter().map(node).collect();
-    let spec = Spec { name, nodes, ipv6: true, bin_dir: Some(programs()), ..Spec::default() };
-    Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    let name = name_of("families");
+    flatwire_tests::start(&Spec { name, nodes, ipv6: true, bin_dir: Some(programs()), ..Spec::default() })
 }
 
 fn machine(lab: &mut Lab, name: &str) -> NodeInfo {
@@ -51,20 +41,9 @@ fn place(pod: &PodInfo) -> String {
     format!("{}/{}", pod.node, pod.name)
 }
 
-fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        match look() {
-            Ok(found) => return found,
-            Err(instead) => assert!(Instant::now() < deadline, "{what}: not within a minute: {instead}"),
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 fn pods(lab: &mut Lab, node: &str) -> Vec<PodInfo> {
     let add = |lab: &mut Lab, name: &str| {
-        eventually("a pod", || lab.pod_add(node, name).map_err(|error| lab::error::chain(&error)))
+        found(60, "a pod", || lab.pod_add(node, name).map_err(|error| lab::error::chain(&error)))
     };
     (0..PODS).map(|number| add(lab, &format!("pod-{number}"))).collect()
 }
@@ -241,7 +220,7 @@ fn ipv6_that_others_flush_is_put_back_and_outlives_the_daemon() {
         // What is the kernel's own comes back by nobody else's hand.
         let script = format!("{harm}; ip -6 rule add pref 32766 lookup main; true");
         lab.run("node-1", &["sh", "-c", &script]).unwrap();
-        eventually(harm, || {
+        found(60, harm, || {
             let probe = lab.probe6(&place(&last), &["internet"]).unwrap().remove(0);
             let stands = our_rules(&lab, "node-1") == before;
             if probe.seen == itself && stands { Ok(()) } else { Err(format!("{probe:?}, rules stand: {stands}")) }

@@ -5,7 +5,7 @@
 
 use std::process::Command;
 
-use flatwire_tests::binary;
+use flatwire_tests::{binary, name_of, programs};
 use serde_json::Value;
 
 /// One of each kind of thing.
@@ -23,11 +23,10 @@ const STEPS: [(&str, &str); 9] = [
 
 #[test]
 fn each_flush_under_traffic_is_healed_and_counted() {
-    let (ipamd, _plugin) = (binary("ipamd"), binary("aws-cni"));
     let only = STEPS.map(|(name, _)| name).join(",");
     let output = Command::new(binary("lab"))
-        .args(["heal", "--json", "--only", &only, "--name", &format!("heal-{}", std::process::id()), "--bin-dir"])
-        .arg(ipamd.parent().unwrap())
+        .args(["heal", "--json", "--only", &only, "--name", &name_of("heal"), "--bin-dir"])
+        .arg(programs())
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

@@ -4,10 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use flatwire_tests::binary;
+use flatwire_tests::{name_of, programs};
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Spec};
 use serde_json::Value;
@@ -25,14 +24,11 @@ fn policy(name: &str) -> BTreeSet<String> {
 
 /// A node of this kind (`type:prefixes`), and a daemon with these settings.
 fn start(env: &[(&str, &str)], node: &str) -> Lab {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("iam-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let bin_dir = binary("ipamd").parent().map(Path::to_owned);
-    let _ = binary("aws-cni");
     let env: BTreeMap<String, String> = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
     let ipv6 = env.contains_key("ENABLE_IPv6");
-    let spec = Spec { name, nodes: vec![node.parse().unwrap()], ipv6, bin_dir, env, ..Spec::default() };
-    Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    let nodes = vec![node.parse().unwrap()];
+    let spec = Spec { name: name_of("iam"), nodes, ipv6, bin_dir: Some(programs()), env, ..Spec::default() };
+    flatwire_tests::start(&spec)
 }
 
 /// What the daemon called so far. Nobody else is in this lab.

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use flatwire_tests::manifest::container;
-use flatwire_tests::{binary, eventually};
+use flatwire_tests::{binary, eventually, name_of};
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Spec};
 
@@ -34,7 +34,6 @@ exec unshare --mount --propagation private bash -eu -c '
 "#;
 
 fn start(programs: &Path) -> Lab {
-    let name = format!("install-{}", std::process::id());
     let real = binary("ipamd").canonicalize().unwrap();
     let place = programs.join("ipamd");
     let daemon = container("aws-node");
@@ -44,8 +43,8 @@ fn start(programs: &Path) -> Lab {
     std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o755)).unwrap();
     std::fs::copy(binary("aws-cni"), programs.join("aws-cni")).unwrap();
     let nodes = vec!["m5.large".parse().unwrap()];
-    let spec = Spec { name, nodes, bin_dir: Some(programs.to_owned()), ..Spec::default() };
-    Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    let bin_dir = Some(programs.to_owned());
+    flatwire_tests::start(&Spec { name: name_of("install"), nodes, bin_dir, ..Spec::default() })
 }
 
 fn on_node(lab: &Lab, command: &[&str]) -> (i32, String) {

@@ -8,11 +8,9 @@
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
 
-use flatwire_tests::{binary, change_group, closed_group};
+use flatwire_tests::{binary, change_group, closed_group, eventually, name_of};
 use lab::api::element;
 use lab::boot;
 use lab::client::Lab;
@@ -21,10 +19,8 @@ use serde_json::Value;
 
 /// A lab of two machines without ipamd, with a name of its own.
 fn spec() -> Spec {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let nodes = vec!["m5.large".parse().unwrap(), "m5.large".parse().unwrap()];
-    Spec { name, nodes, daemons: false, ..Spec::default() }
+    Spec { name: name_of("test"), nodes, daemons: false, ..Spec::default() }
 }
 
 /// `lab clean` looks at every lab of the machine: no lab may be on its way up meanwhile.
@@ -34,7 +30,7 @@ static DEAD_LABS: Mutex<()> = Mutex::new(());
 
 fn start(spec: &Spec) -> Lab {
     let _nobody_cleans = CLEANING.read().unwrap_or_else(PoisonError::into_inner);
-    Lab::start(&binary("lab"), spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    flatwire_tests::start(spec)
 }
 
 fn node(lab: &mut Lab, name: &str) -> NodeInfo {
@@ -95,14 +91,6 @@ fn http(lab: &Lab, place: &str, host: &str, request: &str) -> String {
 
 fn body(answer: &str) -> &str {
     answer.split_once("\r\n\r\n").map_or("", |(_, body)| body)
-}
-
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within 20 s");
-        std::thread::yield_now();
-    }
 }
 
 #[test]

@@ -7,9 +7,8 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 
-use flatwire_tests::{binary, change_group, closed_group};
+use flatwire_tests::{binary, change_group, closed_group, name_of, start};
 use ipnet::Ipv6Net;
 use lab::api::element;
 use lab::client::Lab;
@@ -19,14 +18,8 @@ use serde_json::Value;
 
 /// A dual-stack lab of two machines without ipamd, the second with a /80 from its launch.
 fn spec() -> Spec {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("test6-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let nodes = vec!["m5.large".parse().unwrap(), "m5.large:0:1".parse().unwrap()];
-    Spec { name, nodes, daemons: false, ipv6: true, ..Spec::default() }
-}
-
-fn start(spec: &Spec) -> Lab {
-    Lab::start(&binary("lab"), spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    Spec { name: name_of("test6"), nodes, daemons: false, ipv6: true, ..Spec::default() }
 }
 
 fn node(lab: &mut Lab, name: &str) -> NodeInfo {

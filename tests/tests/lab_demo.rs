@@ -2,23 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
-use std::path::PathBuf;
 use std::process::Command;
 
-use flatwire_tests::binary;
-use lab::client::Lab;
+use flatwire_tests::{binary, name_of, programs, start};
 use lab::ctl::{DaemonAction, Spec};
-
-/// Where both programs of a node are.
-fn programs() -> PathBuf {
-    let (ipamd, plugin) = (binary("ipamd"), binary("aws-cni"));
-    assert_eq!(ipamd.parent(), plugin.parent(), "both programs are in one folder");
-    ipamd.parent().unwrap().to_owned()
-}
 
 #[test]
 fn the_demo_finds_nothing_wrong_and_leaves_nothing_behind() {
-    let name = format!("demo-{}", std::process::id());
+    let name = name_of("demo");
     let output = Command::new(binary("lab"))
         .args(["demo", "--pods", "20", "--name", &name, "--bin-dir"])
         .arg(programs())
@@ -37,9 +28,7 @@ fn the_demo_finds_nothing_wrong_and_leaves_nothing_behind() {
 #[test]
 fn pods_talk_on_while_ipamd_is_dead_and_keep_their_addresses_when_it_is_back() {
     let nodes = vec!["m5.large".parse().unwrap(), "t3.medium:1".parse().unwrap()];
-    let name = format!("dead-{}", std::process::id());
-    let spec = Spec { name, nodes, bin_dir: Some(programs()), ..Spec::default() };
-    let mut lab = Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)));
+    let mut lab = start(&Spec { name: name_of("dead"), nodes, bin_dir: Some(programs()), ..Spec::default() });
     for node in ["node-1", "node-2"] {
         let (first, second) = (lab.pod_add(node, "a").unwrap(), lab.pod_add(node, "b").unwrap());
         lab.daemon(node, DaemonAction::Kill).unwrap();

@@ -4,10 +4,10 @@
 
 use std::collections::BTreeSet;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use flatwire_tests::binary;
+use flatwire_tests::{eventually, name_of, programs};
 use lab::client::Lab;
 use lab::ctl::{Control, DaemonAction, Info, NodeSpec, PodInfo, Request, Spec};
 use serde_json::Value;
@@ -21,13 +21,8 @@ fn node(instance_type: &str, vars: &[(&str, &str)]) -> NodeSpec {
 }
 
 fn start(nodes: Vec<NodeSpec>) -> Lab {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("node-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    // Both programs must be there before the lab looks for them in one folder.
-    let bin_dir = binary("ipamd").parent().map(std::path::Path::to_owned);
-    let _ = binary("aws-cni");
-    let spec = Spec { name, nodes, bin_dir, ..Spec::default() };
-    Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    let spec = Spec { name: name_of("node"), nodes, bin_dir: Some(programs()), ..Spec::default() };
+    flatwire_tests::start(&spec)
 }
 
 /// Adds a pod as the kubelet would: again and again until it succeeds.
@@ -49,14 +44,6 @@ fn add_until_it_succeeds(control: &mut Control, node: &str, name: &str, failures
 fn ipamd_status(lab: &Lab, node: &str) -> Value {
     let ipamd = lab.ipamd().unwrap();
     serde_json::from_str(&lab.run(node, &[&ipamd, "status", "--json"]).unwrap()).unwrap()
-}
-
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within 60 s");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// Cloud, ledger and kernel agree that nobody lives here any more.

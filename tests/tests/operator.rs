@@ -3,9 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 use std::process::Output;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-use flatwire_tests::{binary, eventually};
+use flatwire_tests::{eventually, name_of, programs};
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Spec};
 use lab::fabric::{EC2_INSIDE, IMDS};
@@ -15,12 +14,9 @@ const NODE: &str = "node-1";
 const NODE_STATE: &str = "/var/run/aws-node/node-state.json";
 
 fn start() -> Lab {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("operator-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let bin_dir = binary("ipamd").parent().map(std::path::Path::to_owned);
-    let _ = binary("aws-cni");
-    let spec = Spec { name, nodes: vec!["m5.large".parse().unwrap()], bin_dir, ..Spec::default() };
-    Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    let nodes = vec!["m5.large".parse().unwrap()];
+    let spec = Spec { name: name_of("operator"), nodes, bin_dir: Some(programs()), ..Spec::default() };
+    flatwire_tests::start(&spec)
 }
 
 /// Runs `ipamd` with these arguments on the node, in the environment of the node's daemon.

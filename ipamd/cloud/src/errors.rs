@@ -11,6 +11,7 @@ use aws_config::imds::client::error::ImdsError;
 use aws_sdk_ec2::config::http::HttpResponse;
 use aws_sdk_ec2::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_ec2::operation::RequestId;
+use flatwire_core::error::chain;
 use flatwire_core::ports::{CloudError, CloudErrorKind, Want};
 
 /// IAM's encoded denials run to kilobytes; a pod event and a log line do not.
@@ -113,21 +114,6 @@ fn request_id(response: &HttpResponse) -> Option<String> {
         let (id, _) = rest.split_once("</")?;
         (!id.is_empty()).then(|| id.to_owned())
     })
-}
-
-/// The SDK's errors say nothing by themselves; their sources do. Debug output of the wrapped types is left out.
-fn chain(failure: &(dyn Error + 'static)) -> String {
-    let mut text = failure.to_string();
-    let mut source = failure.source();
-    while let Some(error) = source {
-        let part = error.to_string();
-        if !text.ends_with(&part) {
-            text.push_str(": ");
-            text.push_str(&part);
-        }
-        source = error.source();
-    }
-    text
 }
 
 /// IMDS's error on `path`. A 404 is no error and does not come here.

@@ -9,6 +9,7 @@
 pub mod audit;
 pub mod bucket;
 pub mod contest;
+pub mod error;
 pub mod families;
 pub mod ids;
 pub mod ledger;

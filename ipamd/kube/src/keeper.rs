@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use flatwire_core::error::chain;
 use flatwire_core::ids::Time;
 use flatwire_core::pool::{Failure, Reason, Said};
 use hyper::StatusCode;
@@ -150,13 +151,6 @@ async fn client(config: &Config, board: &Board) -> Client {
                 failures = failures.saturating_add(1);
             }
         }
-    }
-}
-
-fn chain(error: &ApiError) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use flatwire_proto::cni_backend_client::CniBackendClient;
 use flatwire_proto::{AddNetworkRequest, DelNetworkRequest};
-use flatwire_tests::binary;
+use flatwire_tests::{name_of, programs, start};
 use hyper_util::rt::TokioIo;
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, NodeSpec, PodInfo, Request, Spec};
@@ -31,11 +31,8 @@ fn a_restarted_daemon_with_250_pods_answers_while_ec2_is_out_of_reach() {
     let keep = tempfile::tempdir().unwrap();
     let mut node: NodeSpec = "m5.4xlarge:17".parse().unwrap();
     node.env.insert("MAX_PODS".to_owned(), "300".to_owned());
-    let name = format!("restart-{}", std::process::id());
-    let bin_dir = binary("ipamd").parent().map(Path::to_owned);
-    let _ = binary("aws-cni");
-    let spec = Spec { name, nodes: vec![node], bin_dir, keep: Some(keep.path().to_owned()), ..Spec::default() };
-    let mut lab = Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let (name, bin_dir, keep) = (name_of("restart"), Some(programs()), Some(keep.path().to_owned()));
+    let mut lab = start(&Spec { name, nodes: vec![node], bin_dir, keep, ..Spec::default() });
     add_pods(&lab);
     let socket = lab.info().nodes[0].files.join("run/aws-node/ipamd.sock");
     cut_off_ec2(&lab);

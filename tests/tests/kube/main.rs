@@ -6,11 +6,10 @@ mod api_server;
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, TcpListener};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use api_server::{ApiServer, Call, PORT};
-use flatwire_tests::{binary, eventually};
+use flatwire_tests::{eventually, name_of, programs, within};
 use lab::boot;
 use lab::client::Lab;
 use lab::ctl::{DaemonAction, Entrance, Info, NodeSpec, Request, Spec};
@@ -24,10 +23,6 @@ const RESOURCE: &str = "flatwire.io/pod-addresses";
 
 /// A lab of one machine whose daemon is to call an API server, which is not there yet.
 fn start_lab(node: &str, vars: &[(&str, &str)]) -> Lab {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("kube-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let bin_dir = binary("ipamd").parent().map(std::path::Path::to_owned);
-    let _ = binary("aws-cni");
     let mut node: NodeSpec = node.parse().unwrap();
     let port = PORT.to_string();
     let of_a_pod = [
@@ -37,8 +32,12 @@ fn start_lab(node: &str, vars: &[(&str, &str)]) -> Lab {
     ];
     let vars = of_a_pod.iter().chain(vars);
     node.env = vars.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    let spec = Spec { name, nodes: vec![node], bin_dir, ..Spec::default() };
-    Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", lab::error::chain(&error)))
+    flatwire_tests::start(&Spec {
+        name: name_of("kube"),
+        nodes: vec![node],
+        bin_dir: Some(programs()),
+        ..Spec::default()
+    })
 }
 
 /// An API server on the node's loopback address, and the credentials of the daemon's pod on the node.
@@ -107,14 +106,6 @@ fn log(lab: &Lab) -> String {
     lab.run(NODE, &["cat", LOG]).unwrap()
 }
 
-fn within(what: &str, seconds: u64, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(seconds);
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within {seconds} s");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
 fn condition(server: &ApiServer) -> Option<Value> {
     let node = server.get("nodes", NODE)?;
     node["status"]["conditions"].as_array()?.iter().find(|one| one["type"] == "PodAddressPressure").cloned()
@@ -179,7 +170,7 @@ fn an_api_server_that_is_away_cut_or_forgetful_costs_nothing_but_news() {
     let server = start_api_server(&mut lab);
     server.put("nodes", this_node(json!({}), json!({})));
     server.put_all("pods", (0..3).map(|n| pod(NODE, &format!("a-{n}"), false)));
-    within("it is found later", 60, || scheduled(&lab) == Some(3));
+    within(60, "it is found later", || scheduled(&lab) == Some(3));
 
     // A cut watch goes on where it was, without another list.
     let lists = server.lists("pods");
@@ -197,7 +188,7 @@ fn an_api_server_that_is_away_cut_or_forgetful_costs_nothing_but_news() {
     assert_eq!(scheduled(&lab), Some(4), "what was said last holds");
     server.forget_the_past();
     server.away(false);
-    within("it is listed again", 60, || scheduled(&lab) == Some(2));
+    within(60, "it is listed again", || scheduled(&lab) == Some(2));
     assert!(server.lists("pods") > lists);
     assert_eq!(metric(&lab, "flatwire_kube_lists_total{resource=\"pods\"}"), Some(f64::from(server.lists("pods"))));
 
@@ -208,7 +199,7 @@ fn an_api_server_that_is_away_cut_or_forgetful_costs_nothing_but_news() {
     lab.pod_add(NODE, "restarted").unwrap();
     assert_eq!(scheduled(&lab), None);
     server.away(false);
-    within("it is found again", 60, || scheduled(&lab) == Some(2));
+    within(60, "it is found again", || scheduled(&lab) == Some(2));
     assert!(metric(&lab, "flatwire_kube_silence_seconds{resource=\"pods\"}").unwrap() < 30.0);
 }
 
@@ -295,7 +286,7 @@ fn a_failed_add_is_an_event_on_its_pod_and_a_lasting_shortage_a_condition_of_the
     assert_eq!(event["reportingInstance"], "aws-node-x");
     assert!(event["note"].as_str().unwrap().contains("DISABLE_NETWORK_RESOURCE_PROVISIONING"), "{event}");
 
-    within("the shortage has lasted", 60, || condition(&server).is_some_and(|it| it["status"] == "True"));
+    within(60, "the shortage has lasted", || condition(&server).is_some_and(|it| it["status"] == "True"));
     let told = condition(&server).unwrap();
     assert_eq!(told["reason"], "ProvisioningDisabled", "{told}");
     eventually("what is held is all there is", || capacity(&server) != first);
@@ -305,7 +296,7 @@ fn a_failed_add_is_an_event_on_its_pod_and_a_lasting_shortage_a_condition_of_the
     assert!(node["status"]["conditions"].as_array().unwrap().iter().any(|it| it["type"] == "Ready"), "{node}");
 
     // The same failure again is the same event, counted up once a minute.
-    within("it is counted up", 150, || {
+    within(150, "it is counted up", || {
         let _ = lab.pod_add(NODE, "web");
         events(&server, "web").iter().any(|event| event["series"]["count"].as_u64().is_some_and(|count| count >= 2))
     });
@@ -403,7 +394,7 @@ fn memory_stays_small_and_does_not_grow_with_the_pods_of_others() {
     }
     let (mut lab, server) = start("m5.large:8", &[("ANNOTATE_POD_IP", "true")]);
     server.put_all("pods", (0..110).map(|n| pod(NODE, &format!("web-{n}"), false)));
-    within("the pods are counted", 60, || scheduled(&lab) == Some(110));
+    within(60, "the pods are counted", || scheduled(&lab) == Some(110));
     for n in 0..110 {
         lab.pod_add(NODE, &format!("web-{n}")).unwrap();
     }
@@ -411,7 +402,7 @@ fn memory_stays_small_and_does_not_grow_with_the_pods_of_others() {
         let pods = server.all("pods");
         pods.iter().filter(|pod| pod["metadata"]["annotations"]["vpc.amazonaws.com/pod-ips"].is_string()).count()
     };
-    within("every pod is annotated", 60, || annotated(&server) == 110);
+    within(60, "every pod is annotated", || annotated(&server) == 110);
     let fresh = most_resident(&lab);
     let restart = |lab: &mut Lab, pods: u64| {
         lab.daemon(NODE, DaemonAction::Stop).unwrap();
@@ -427,7 +418,7 @@ fn memory_stays_small_and_does_not_grow_with_the_pods_of_others() {
     server.put_all("pods", (0..5_000).map(foreign));
     let lists = server.lists("pods");
     server.forget_the_past();
-    within("it was listed again", 60, || server.lists("pods") > lists);
+    within(60, "it was listed again", || server.lists("pods") > lists);
     server.put("pods", pod(NODE, "last", false));
     eventually("the watch goes on", || scheduled(&lab) == Some(111));
     let among_many = most_resident(&lab);

@@ -210,8 +210,8 @@ impl Pool {
         Some(plan.with_settings(&self.settings))
     }
 
-    /// EC2 no longer shows this ENI here and another one is attached in its place. One that merely does not show keeps its routes: a
-    /// reading may be wrong, and pods may live there.
+    /// EC2 no longer shows this ENI here and another one is attached in its place. One that merely does not show keeps its
+    /// routes: a reading may be wrong, and pods may live there.
     fn is_replaced(&self, eni: &crate::ledger::EniRecord) -> bool {
         let gone = |id: &crate::ids::EniId| self.is_gone(id);
         let successor = |other: &&crate::ledger::EniRecord| {

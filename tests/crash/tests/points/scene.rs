@@ -2,17 +2,18 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use flatwire_core::ids::EniId;
 use flatwire_core::ledger::Record;
 use flatwire_store::journal::{COMPACT_AFTER, Journal};
-use flatwire_tests::binary;
+use flatwire_tests::{binary, found, name_of, programs, start};
 use ipamd::probe::Point;
 use lab::api::element;
 use lab::client::Lab;
@@ -48,12 +49,8 @@ pub struct Scene {
 }
 
 /// Waits for a condition; if it does not come, says what was seen last.
-fn eventually(what: &str, mut holds: impl FnMut() -> Result<(), String>) {
-    let deadline = Instant::now() + DEADLINE;
-    while let Err(instead) = holds() {
-        assert!(Instant::now() < deadline, "{what}: not within {} s: {instead}", DEADLINE.as_secs());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+fn eventually(what: &str, holds: impl FnMut() -> Result<(), String>) {
+    found(DEADLINE.as_secs(), what, holds);
 }
 
 fn or<T: ToString>(holds: bool, otherwise: T) -> Result<(), String> {
@@ -62,20 +59,15 @@ fn or<T: ToString>(holds: bool, otherwise: T) -> Result<(), String> {
 
 impl Scene {
     pub fn start(recipe: &Recipe) -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("crash-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let keep = TempDir::new().unwrap();
-        let bin_dir = binary("ipamd").parent().map(Path::to_owned);
-        let _ = binary("aws-cni");
         let mut node: NodeSpec = "m5.large".parse().unwrap();
         node.env.insert("AWS_VPC_K8S_CNI_LOGLEVEL".to_owned(), "debug".to_owned());
         if recipe.dual_stack {
             node.env.insert(DUAL_STACK.0.to_owned(), DUAL_STACK.1.to_owned());
         }
         let ipv6 = recipe.dual_stack;
-        let spec =
-            Spec { name, ipv6, nodes: vec![node], bin_dir, keep: Some(keep.path().to_owned()), ..Spec::default() };
-        let lab = Lab::start(&binary("lab"), &spec).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let (name, bin_dir, folder) = (name_of("crash"), Some(programs()), Some(keep.path().to_owned()));
+        let lab = start(&Spec { name, ipv6, nodes: vec![node], bin_dir, keep: folder, ..Spec::default() });
         let (pods, adding) = (Vec::new(), Vec::new());
         let mut scene = Self { lab, keep, pods, adding, lost: None, lost_prefix: None, leaked: None, names: 0 };
         scene.burst_and_wait(RESIDENTS);

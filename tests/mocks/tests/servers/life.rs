@@ -19,7 +19,7 @@ use flatwire_kernel::netns::{Netns, create_named, in_netns, remove_named};
 use flatwire_mock_tests::canned::{Answer, Canned, Keys, Request, metadata};
 use flatwire_mock_tests::query::{Query, text, texts};
 use flatwire_mock_tests::server::{Place, REGION, Server, pass_on};
-use flatwire_tests::binary;
+use flatwire_tests::{binary, found};
 use serde_json::{Value, json};
 
 /// Nine on the primary ENI of an m5.large, so that the others are on a second one.
@@ -408,13 +408,6 @@ fn without(mut xml: String, addresses: impl IntoIterator<Item = Ipv4Addr>) -> St
     xml
 }
 
-fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match look() {
-            Ok(found) => return found,
-            Err(instead) => assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}: {instead}"),
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
+fn eventually<T>(what: &str, look: impl FnMut() -> Result<T, String>) -> T {
+    found(PATIENCE.as_secs(), what, look)
 }
