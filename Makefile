@@ -41,7 +41,11 @@ matrix: need-root build ## Every way of a packet beside kube-proxy's rules, in e
 
 .PHONY: e2e
 e2e: need-root build ## Kubernetes on the lab, Flatwire by the chart: 200 pods, drain, roll, removal (first time 10 min more, to build Kubernetes)
-	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) tests/e2e/run.sh $(TARGET_DIR)/$(TRIPLE)/release
+	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) tests/e2e/run.sh judge $(TARGET_DIR)/$(TRIPLE)/release
+
+.PHONY: cluster
+cluster: need-root build ## Kubernetes on the lab without a CNI, to install Flatwire there by hand (Ctrl-C ends it)
+	FLATWIRE_BIN_DIR=$$(cd $(BIN) && pwd) tests/e2e/run.sh stay $(TARGET_DIR)/$(TRIPLE)/release
 
 .PHONY: crash
 crash: need-root build ## Kill the daemon at every point where it changes something, on the live lab, and compare what is left

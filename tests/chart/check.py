@@ -47,6 +47,7 @@ CASES = {
             "subnets": {"a": {"id": "subnet-1", "securityGroups": ["sg-1"]}, "b": {"id": "subnet-2"}},
         },
         "podMonitor": {"create": True, "labels": {"release": "prometheus"}},
+        "prometheusRule": {"create": True, "labels": {"release": "prometheus"}},
     },
     "nothing beside the daemon": {"serviceAccount": {"create": False, "name": "other"}, "rbac": {"create": False}},
     "taken away": {"uninstall": True, "purge": True},
@@ -137,6 +138,7 @@ def plain(chart, rendered):
 
 def main():
     settings = (CHART.parent.parent / "docs/settings.md").read_text()
+    alerts = (CHART / "monitoring/alerts.yaml").read_text()
     for message in helm.lint(str(CHART))["messages"]:
         if message["error"] != "icon is recommended":
             complain("lint", message["error"])
@@ -157,6 +159,8 @@ def main():
             for document in documents(rendered):
                 if document["apiVersion"].startswith("monitoring.coreos.com/"):
                     print(f"chart: no schema here for {document['kind']}, which is therefore only rendered")
+                    if document["kind"] == "PrometheusRule" and document["spec"] != yaml.safe_load(alerts):
+                        complain(case, "the PrometheusRule is not monitoring/alerts.yaml")
                     continue
                 manifests += 1
                 valid += validate(case, document, definitions)

@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -212,6 +213,40 @@ impl Cluster {
         self.processes.push(child.expect("the lab's program starts"));
     }
 
+    /// What somebody at the keyboard needs. Makes the two programs that it names.
+    pub fn welcome(&self) -> String {
+        let lab = format!("{} exec --name {}", binary("lab").display(), self.scene.lab.name());
+        let kubectl = format!(
+            "#!/bin/sh\nexec {lab} {CONTROL} -- {}/kubectl --kubeconfig {} \"$@\"\n",
+            self.programs.display(),
+            self.path("kubeconfig")
+        );
+        let render = format!("#!/bin/sh\nexec {} {} \"$@\"\n", self.python.display(), render().display());
+        for (name, script) in [("kubectl", kubectl), ("chart", render)] {
+            self.write(name, &script);
+            let executable = fs::Permissions::from_mode(0o755);
+            fs::set_permissions(self.path(name), executable).expect("a program of the cluster");
+        }
+        format!(
+            r#"
+Kubernetes 1.20.2 without a CNI: {} and {} are not Ready. Flatwire's image is on both of them, as flatwire:{}, where the chart looks.
+From here on docs/install.md leads, at its step 3; a role is not needed, and EC2 and IMDS are the lab's.
+
+  kubectl            {}
+  helm template      {} '{{"env": {}}}'
+  a node's shell     {lab} {} -- bash
+
+Ctrl-C ends it."#,
+            NODES[0],
+            NODES[1],
+            env!("CARGO_PKG_VERSION"),
+            self.path("kubectl"),
+            self.path("chart"),
+            lab_variables(),
+            NODES[0],
+        )
+    }
+
     fn write(&self, name: &str, text: &str) {
         fs::write(self.dir.path().join(name), text).expect("a file of the cluster");
     }
@@ -245,22 +280,17 @@ impl Cluster {
         serde_json::from_str(&text).expect("kubectl's JSON")
     }
 
-    /// Applies a manifest.
-    pub fn apply(&self, text: &str) {
-        self.write("manifest.yaml", text);
+    /// Applies a manifest, or an object.
+    pub fn apply(&self, manifest: &impl ToString) {
+        self.write("manifest.yaml", &manifest.to_string());
         self.must(&["apply", "-f", &self.path("manifest.yaml")]);
     }
 
     /// The chart, rendered with the lab's endpoints and these values.
     pub fn chart(&self, values: &Value) -> String {
         let mut values = values.clone();
-        values["env"] = json!({
-            "AWS_EC2_ENDPOINT": format!("http://{EC2_INSIDE}"),
-            "AWS_EC2_METADATA_SERVICE_ENDPOINT": format!("http://{IMDS}"),
-            "ENABLE_PREFIX_DELEGATION": "true",
-        });
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/render.py");
-        let output = Command::new(&self.python).arg(script).arg(values.to_string()).output().expect("python starts");
+        values["env"] = lab_variables();
+        let output = Command::new(&self.python).arg(render()).arg(values.to_string()).output().expect("python starts");
         assert!(output.status.success(), "render.py: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
@@ -281,6 +311,18 @@ impl Cluster {
 
     pub fn is_ready(&self, node: &str) -> bool {
         self.ready().iter().any(|(name, ready, _)| name == node && *ready)
+    }
+
+    /// A condition of a node.
+    pub fn condition(&self, node: &str, kind: &str) -> Value {
+        let node = self.json(&["get", "node", node]);
+        let conditions = node["status"]["conditions"].as_array().into_iter().flatten();
+        conditions.filter(|one| one["type"] == kind).cloned().next().unwrap_or_default()
+    }
+
+    /// Of every object and namespace.
+    pub fn events(&self) -> Vec<Value> {
+        self.json(&["get", "events", "-A"])["items"].as_array().cloned().unwrap_or_default()
     }
 
     /// The pods of a Deployment that are Ready and not about to end.
@@ -339,6 +381,20 @@ impl Cluster {
         assert_eq!(addresses.len(), pods.len(), "an address twice: {pods:?}");
         addresses
     }
+}
+
+/// What the daemon has to be told on the lab and nowhere else, prefixes, and pods with their addresses.
+fn lab_variables() -> Value {
+    json!({
+        "AWS_EC2_ENDPOINT": format!("http://{EC2_INSIDE}"),
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT": format!("http://{IMDS}"),
+        "ENABLE_PREFIX_DELEGATION": "true",
+        "ANNOTATE_POD_IP": "true",
+    })
+}
+
+fn render() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/render.py")
 }
 
 /// A pod that is Ready.

@@ -1,4 +1,5 @@
 //! `make e2e`: Flatwire in a Kubernetes cluster on the lab, from the chart to its removal, each step judged and timed.
+//! `make cluster`: the same cluster without Flatwire, to put it there by hand.
 
 #![allow(clippy::unwrap_used, reason = "what fails is a failed step")]
 
@@ -15,7 +16,8 @@ use flatwire_tests::runtimes::{CONFLIST, NODES, obstacle};
 use flatwire_tests::within;
 use lab::ctl::{Called, Request};
 use lab::fabric::EC2_INSIDE;
-use serde_json::json;
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
 use cluster::{CONTROL, Cluster, Pod};
 
@@ -27,12 +29,13 @@ const SYSTEM: [&str; 2] = ["-n", "kube-system"];
 
 type Step = fn(&mut Cluster) -> String;
 
-const STEPS: [(&str, Step); 9] = [
+const STEPS: [(&str, Step); 10] = [
     ("a node is Ready once an address can be served, and not before", ready_when_served),
     ("the plain manifest is accepted as it is", plain_manifest),
     ("a Deployment over both nodes is Ready", deployment),
     ("pods of both nodes talk, TCP and UDP, each under its own address", traffic),
     ("a Service by its cluster address and by its node port", service),
+    ("a pod without an address says why, and its node is told apart; settings of the node hold", shortage),
     ("0 to many pods and back to 0; the audit is clean, nothing stays", scale),
     ("a node is drained; its pods go to the other", drain),
     ("the DaemonSet is rolled while pods come and go", roll),
@@ -41,16 +44,41 @@ const STEPS: [(&str, Step); 9] = [
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [programs, python] = &arguments[..] else {
-        eprintln!("usage: e2e FOLDER-OF-KUBERNETES PYTHON (tests/e2e/run.sh finds both)");
-        return ExitCode::from(2);
+    let (what, programs, python) = match &arguments[..] {
+        [what, programs, python] if ["judge", "stay"].contains(&what.as_str()) => (what, programs, python),
+        _ => {
+            eprintln!("usage: e2e judge|stay FOLDER-OF-KUBERNETES PYTHON (tests/e2e/run.sh finds both)");
+            return ExitCode::from(2);
+        }
     };
     if let Some(reason) = obstacle() {
         eprintln!("e2e: containers cannot be run here: {reason}");
         return ExitCode::from(2);
     }
-    let started = Instant::now();
     let peer = std::env::current_exe().unwrap().with_file_name("peer");
+    let start = || Cluster::start(Path::new(programs), Path::new(python), &peer);
+    if what == "judge" { judge(start) } else { stay(start) }
+}
+
+/// A cluster for somebody at the keyboard.
+fn stay(start: impl FnOnce() -> Cluster) -> ExitCode {
+    println!("cluster: starting a control plane and two nodes; some twenty seconds");
+    let cluster = start();
+    println!("{}", cluster.welcome());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).unwrap();
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => (),
+            _ = terminate.recv() => (),
+        }
+    });
+    println!("cluster: ends, and leaves nothing");
+    ExitCode::SUCCESS
+}
+
+fn judge(start: impl Fn() -> Cluster) -> ExitCode {
+    let started = Instant::now();
     let (mut passed, mut cluster) = (0, None);
     // What a step says as it fails belongs into its row.
     static SAID: Mutex<String> = Mutex::new(String::new());
@@ -75,7 +103,7 @@ fn main() -> ExitCode {
         done.is_ok()
     };
     let up = judge("a control plane and two nodes on the lab", &mut || {
-        cluster = Some(Cluster::start(Path::new(programs), Path::new(python), &peer));
+        cluster = Some(start());
         "Kubernetes 1.20.2, containerd, kube-proxy in iptables mode".to_owned()
     });
     if let (true, Some(cluster)) = (up, &mut cluster) {
@@ -99,7 +127,7 @@ fn ready_when_served(cluster: &mut Cluster) -> String {
     assert!(bare.iter().all(|(_, ready, why)| !ready && why.contains("cni")), "without Flatwire: {bare:?}");
     let ec2 = format!("{EC2_INSIDE}/32");
     cluster.scene.run(two, &["ip", "route", "add", "unreachable", &ec2]);
-    cluster.apply(include_str!("../../deploy/chart/crds/eniconfig.yaml"));
+    cluster.apply(&include_str!("../../deploy/chart/crds/eniconfig.yaml"));
     cluster.apply(&cluster.chart(&json!({})));
     let from = Instant::now();
     within(120, "the node that can serve is Ready", || cluster.is_ready(one));
@@ -118,7 +146,7 @@ fn ready_when_served(cluster: &mut Cluster) -> String {
 /// Pods of the DaemonSet whose daemon runs.
 fn daemons(cluster: &Cluster) -> usize {
     let list = cluster.json(&[&SYSTEM[..], &["get", "pods", "-l", "k8s-app=aws-node"]].concat());
-    let running = |pod: &&serde_json::Value| !pod["status"]["containerStatuses"][0]["state"]["running"].is_null();
+    let running = |pod: &&Value| !pod["status"]["containerStatuses"][0]["state"]["running"].is_null();
     list["items"].as_array().unwrap().iter().filter(running).count()
 }
 
@@ -129,7 +157,7 @@ fn plain_manifest(cluster: &mut Cluster) -> String {
 }
 
 /// `millicores` of the processor are its own.
-fn web(app: &str, replicas: usize, millicores: u32) -> String {
+fn web(app: &str, replicas: usize, millicores: u32) -> Value {
     let labels = json!({ "app": app });
     let spread = json!([{
         "maxSkew": 1,
@@ -145,7 +173,7 @@ fn web(app: &str, replicas: usize, millicores: u32) -> String {
         "resources": { "requests": { "cpu": format!("{millicores}m") } },
         "readinessProbe": { "tcpSocket": { "port": PORT }, "periodSeconds": 5 },
     });
-    let deployment = json!({
+    json!({
         "apiVersion": "apps/v1",
         "kind": "Deployment",
         "metadata": { "name": app },
@@ -162,8 +190,7 @@ fn web(app: &str, replicas: usize, millicores: u32) -> String {
                 },
             },
         },
-    });
-    deployment.to_string()
+    })
 }
 
 fn scale_to(cluster: &Cluster, count: usize) {
@@ -230,6 +257,43 @@ fn service(cluster: &mut Cluster) -> String {
 }
 
 /// Two nodes take 110 pods each, less those of the DaemonSet and some for what is being replaced. `PODS` says fewer.
+/// One node is told to leave EC2 alone, and gets more pods than it has addresses.
+fn shortage(cluster: &mut Cluster) -> String {
+    const TOO_MANY: u64 = 3;
+    let node = NODES[1];
+    cluster.must(&["annotate", "node", node, "flatwire.io/level=no-cloud", "flatwire.io/warm-ip-target=many"]);
+    let refused = |event: &Value| event["reason"] == "InvalidSetting" && event["involvedObject"]["name"] == node;
+    within(60, "an event names the setting that is not allowed", || cluster.events().iter().any(refused));
+    let status = || cluster.scene.status(node);
+    within(60, "the level is followed", || status()["node_state"]["level"] == "no-cloud");
+    let free = status()["counts"]["free"].as_u64().unwrap();
+    let count = usize::try_from(free + TOO_MANY).unwrap();
+    let mut many = web("many", count, 0);
+    many["spec"]["template"]["spec"]["nodeSelector"] = json!({ "kubernetes.io/hostname": node });
+    cluster.apply(&many);
+    let why = |event: &Value| {
+        let of_one = event["involvedObject"]["name"].as_str().is_some_and(|name| name.starts_with("many-"));
+        of_one && event["reason"] == "ProvisioningDisabled" && event["reportingComponent"] == "flatwire.io/ipamd"
+    };
+    within(120, "every pod without an address has an event", || {
+        cluster.events().iter().filter(|event| why(event)).count() >= usize::try_from(TOO_MANY).unwrap()
+    });
+    let pressure = || cluster.condition(node, "PodAddressPressure");
+    within(120, "the node says so", || pressure()["status"] == "True");
+    assert_eq!(pressure()["reason"], "ProvisioningDisabled");
+    assert_eq!(cluster.condition(NODES[0], "PodAddressPressure")["status"], "False");
+    let one = &cluster.pods("many")[0];
+    let noted = cluster.json(&["get", "pod", &one.name]);
+    assert_eq!(noted["metadata"]["annotations"]["vpc.amazonaws.com/pod-ips"], one.address.to_string());
+    cluster.must(&["annotate", "node", node, "flatwire.io/level-", "flatwire.io/warm-ip-target-"]);
+    cluster.settle("many", count, 120);
+    within(180, "the node no longer says so", || pressure()["status"] == "False");
+    cluster.must(&["delete", "deployment", "many"]);
+    cluster.settle("many", 0, 120);
+    let room = cluster.json(&["get", "node", node])["status"]["allocatable"]["flatwire.io/pod-addresses"].clone();
+    format!("{TOO_MANY} of {count} pods waited; {node} says it has {} addresses", room.as_str().unwrap())
+}
+
 fn scale(cluster: &mut Cluster) -> String {
     let many =
         std::env::var("PODS").map_or(200, |text| text.parse().unwrap_or_else(|_| panic!("PODS={text}: not a number")));

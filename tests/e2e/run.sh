@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Kubernetes on the lab: finds or builds its programs, starts it, installs Flatwire by the chart, and judges. Ends with one line.
-#   usage: tests/e2e/run.sh FOLDER (of the release programs e2e and peer); FLATWIRE_BIN_DIR has the daemon, the plugin and the lab
+# Kubernetes on the lab: finds or builds its programs, starts it, and
+#   judge   installs Flatwire by the chart, and judges; ends with one line
+#   stay    leaves it to you
+#   usage: tests/e2e/run.sh judge|stay FOLDER (of the release programs e2e and peer); FLATWIRE_BIN_DIR has the daemon, the plugin and the lab
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-programs=${1:?usage: tests/e2e/run.sh FOLDER}
+usage="usage: tests/e2e/run.sh judge|stay FOLDER"
+what=${1:?$usage}
+programs=${2:?$usage}
 need=()
 command -v etcd >/dev/null || need+=(etcd-server)
 command -v conntrack >/dev/null || need+=(conntrack)
@@ -13,6 +17,7 @@ if [ ${#need[@]} -gt 0 ]; then
   "$here/../apt.sh" "${need[@]}"
 fi
 kubernetes=$("$here/kubernetes.sh")
-echo "e2e: Kubernetes' programs are in $kubernetes; what follows takes about six minutes on two processors"
+echo "e2e: Kubernetes' programs are in $kubernetes"
+[ "$what" = stay ] || echo "e2e: what follows takes about six minutes on two processors"
 python=$("$here/../python.sh" chart)/bin/python
-exec "$programs/e2e" "$kubernetes" "$python"
+exec "$programs/e2e" "$what" "$kubernetes" "$python"

@@ -168,11 +168,16 @@ impl Scene {
         self.lab.exec(node, &["test", "-e", path]).is_ok_and(|output| output.status.success())
     }
 
+    /// What its daemon says of the node; null without one.
+    #[must_use]
+    pub fn status(&self, node: &str) -> Value {
+        serde_json::from_str(&self.ipamd(node, &["status", "--json"]).1).unwrap_or_default()
+    }
+
     /// Addresses that pods of the node have by its ledger.
     #[must_use]
     pub fn given(&self, node: &str) -> BTreeSet<Ipv4Addr> {
-        let (_, said) = self.ipamd(node, &["status", "--json"]);
-        let status: Value = serde_json::from_str(&said).unwrap_or_default();
+        let status = self.status(node);
         let pods = status["pods"].as_array().cloned().unwrap_or_default();
         pods.iter().filter_map(|pod| pod["address"].as_str()?.parse().ok()).collect()
     }

@@ -169,9 +169,9 @@ fn every_metric_is_documented() {
 /// What the dashboard draws and the alerts watch is there: metrics, their labels, and the values that labels are held to.
 #[test]
 fn dashboard_and_alerts_name_what_the_daemon_has() {
-    let dashboard = read("deploy/monitoring/dashboard.json");
+    let dashboard = read("deploy/chart/monitoring/dashboard.json");
     let panels: serde_json::Value = serde_json::from_str(&dashboard).expect("the dashboard is JSON");
-    let alerts = read("deploy/monitoring/alerts.yaml");
+    let alerts = read("deploy/chart/monitoring/alerts.yaml");
     let from_panels = panels["panels"].as_array().expect("panels").iter().flat_map(|panel| {
         let targets = panel["targets"].as_array().cloned().unwrap_or_default();
         targets.into_iter().map(|target| target["expr"].as_str().expect("an expression").to_owned())

@@ -119,9 +119,9 @@ pub fn outcome(write: &Write, answer: &Result<(), ApiError>) -> Outcome {
     }
 }
 
-/// Events about what lies in no namespace lie in this one.
+/// Events about what lies in no namespace lie in the one that every server takes; before 1.21 `default` was refused.
 fn namespace_of(event: &Event) -> &str {
-    if event.about.namespace.is_empty() { "default" } else { &event.about.namespace }
+    if event.about.namespace.is_empty() { "kube-system" } else { &event.about.namespace }
 }
 
 fn condition(told: &Told) -> Value {
@@ -218,7 +218,7 @@ mod tests {
         event.count = 2;
         event.about.namespace = String::new();
         let value = new_event(&event, &config());
-        assert_eq!((&value["metadata"]["namespace"], &value["series"]["count"]), (&json!("default"), &json!(2)));
+        assert_eq!((&value["metadata"]["namespace"], &value["series"]["count"]), (&json!("kube-system"), &json!(2)));
     }
 
     #[test]

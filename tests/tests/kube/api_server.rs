@@ -466,7 +466,7 @@ fn check_event(target: &Target, event: &Value) -> Result<(), (StatusCode, String
     if time.len() != "2006-01-02T15:04:05.000000Z".len() {
         return Err(bad(format!("eventTime {time}: six digits of a second")));
     }
-    let namespace = event["regarding"]["namespace"].as_str().filter(|name| !name.is_empty()).unwrap_or("default");
+    let namespace = event["regarding"]["namespace"].as_str().filter(|name| !name.is_empty()).unwrap_or("kube-system");
     if target.namespace.as_deref() != Some(namespace) || event["metadata"]["namespace"] != namespace {
         return Err(bad("the namespace is not that of the object"));
     }
