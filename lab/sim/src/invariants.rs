@@ -32,6 +32,8 @@ const READS_MOST: usize = 40;
 const WINDOW_MS: u64 = 60_000;
 /// Longer than any rest that a failure leads to.
 const CALM_MS: u64 = 1_200_000;
+/// As long as the daemon may take to hear what is said of its node.
+const HEARD_MS: u64 = 1_000;
 /// Free addresses of a subnet that is not short of any, /28s included.
 const ROOMY: u32 = 64;
 
@@ -126,6 +128,8 @@ pub struct Watch {
     /// When a call last failed, and when the daemon started.
     failed_at: Time,
     started_at: Time,
+    /// When something else was last said of the node; it is heard a moment later.
+    pub(crate) said_at: Time,
     reads: BTreeMap<&'static str, VecDeque<Time>>,
     /// When EC2 was last asked for its list of this node, and when it last answered a change of each ENI: a list asked for
     /// before that answer says nothing of what the ENI lacks.
@@ -135,6 +139,8 @@ pub struct Watch {
     kernel_of: Time,
     /// Taken from this node in EC2 by somebody else, which the daemon cannot know yet.
     taken: Vec<(EniId, Option<IpNet>, Time)>,
+    /// What of it the daemon has heard and could not write down: its next life has to hear it again.
+    unwritten: BTreeMap<EniId, BTreeSet<IpNet>>,
     /// Undone in the kernel by somebody else; `None` is the ruleset.
     flushed: BTreeMap<Option<EniId>, Time>,
     /// The plan that stood whole when it was last applied.
@@ -153,7 +159,10 @@ impl Watch {
         self.stood = None;
     }
 
-    pub(crate) fn daemon_died(&mut self) {
+    pub(crate) fn daemon_died(&mut self, now: Time) {
+        for (eni, slots) in std::mem::take(&mut self.unwritten) {
+            self.taken.extend(slots.into_iter().map(|slot| (eni.clone(), Some(slot), now)));
+        }
         self.owed.clear();
         self.owed_by.clear();
         self.in_flight.clear();
@@ -168,6 +177,13 @@ impl Watch {
     /// Somebody else takes an ENI (or one slot of it) from this node in EC2.
     pub fn taken_in_cloud(&mut self, eni: &EniId, slot: Option<IpNet>, now: Time) {
         self.taken.push((eni.clone(), slot, now));
+    }
+
+    /// The journal refused this.
+    pub(crate) fn not_written(&mut self, record: &Record) {
+        if let Record::Unseen { eni, slots, .. } = record {
+            self.unwritten.insert(eni.clone(), slots.clone());
+        }
     }
 
     /// Somebody else undoes what stands in the kernel for an ENI, or the ruleset.
@@ -344,7 +360,9 @@ impl<P: Policy> Node<P> {
             now.since_ms(self.watch.failed_at.max(self.watch.started_at)) > CALM_MS && self.watch.taken.is_empty();
         let brisk = self.pace.cloud_ms <= 500 && self.pace.slow_percent == 0 && self.kernel.broken.is_none();
         let settings = &self.settings;
-        let allowed = settings.provisioning && !settings.custom_networking && self.state == self.plain_state();
+        let heard = now.since_ms(self.watch.said_at) > HEARD_MS;
+        let plain = heard && self.state == self.plain_state();
+        let allowed = settings.provisioning && !settings.custom_networking && plain;
         let whole = ledger.releasing.is_empty() && ledger.unseen.is_empty() && ledger.enis_unseen.is_empty();
         // What is on its way is waited for; an ENI whose link has not come brings what it holds by itself.
         let up = |id: &EniId| scene.ec2.with_enis(now, |enis| enis.get(id).is_some_and(|eni| eni.link_is_up(now)));
@@ -453,6 +471,9 @@ impl<P: Policy> Node<P> {
 
     /// A record is durable.
     pub(crate) fn written(&mut self, record: &Record, now: Time, _: &mut Scene<'_>) {
+        if let Record::Unseen { eni, .. } = record {
+            self.watch.unwritten.remove(eni);
+        }
         let Record::Released { allocation, at } = record else { return };
         self.watch.freed.insert(allocation.address, *at);
         let told = self.watch.dels.get(&allocation.sandbox).is_some_and(|told| *told <= now);

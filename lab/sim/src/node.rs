@@ -247,7 +247,7 @@ impl<P: Policy> Node<P> {
         });
         self.wake = None;
         self.inbox.clear();
-        self.watch.daemon_died();
+        self.watch.daemon_died(now);
         for (_, asker) in std::mem::take(&mut self.asked) {
             self.unanswered(asker, now);
         }
@@ -342,6 +342,7 @@ impl<P: Policy> Node<P> {
 
     /// Nothing of the batch was promised: callers are told, and calls that hang on it are not made.
     fn take_back(&mut self, records: Vec<Record>, rest: Vec<Command>, why: &str, now: Time, scene: &mut Scene<'_>) {
+        records.iter().for_each(|record| self.watch.not_written(record));
         if let Some(daemon) = &mut self.daemon {
             daemon.persist_failed(records);
         }
@@ -554,6 +555,7 @@ impl<P: Policy> Node<P> {
         let before = self.state.clone();
         change(&mut self.state);
         if self.state != before {
+            self.watch.said_at = now;
             let at = now.plus_ms(self.dice.between(20, 400));
             self.queue.push(at, Happening::TellsState { life: self.life });
         }

@@ -2,6 +2,7 @@
 //! forgotten on the word of one reading: readings lag, tear and lie, so two must agree before the ledger lets go.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -222,9 +223,20 @@ impl Pool {
     /// A pod of the ledger or a pod route of the kernel is on the ENI.
     pub(super) fn somebody_lives_on(&self, eni: &EniId) -> bool {
         let slots = self.ledger.slots.get(eni);
-        let inside = |address: &std::net::IpAddr| slots.is_some_and(|slots| slots.iter().any(|s| s.contains(address)));
-        self.ledger.pods.values().any(|a| a.eni == *eni || inside(&a.address))
-            || self.kernel.pods.routes.iter().any(inside)
+        let inside = |address: &IpAddr| slots.is_some_and(|slots| slots.iter().any(|s| s.contains(address)));
+        let here = |address: &IpAddr| inside(address) && !self.lives_on_another(address, eni);
+        self.ledger.pods.values().any(|a| a.eni == *eni || here(&a.address)) || self.kernel.pods.routes.iter().any(here)
+    }
+
+    /// A pod has the address from another ENI, which EC2 has given it since.
+    fn lives_on_another(&self, address: &IpAddr, eni: &EniId) -> bool {
+        let given = |of: &EniId| {
+            let mut slots = self.ledger.slots.get(of).into_iter().flatten();
+            let unseen = self.ledger.unseen.get(of);
+            slots.any(|slot| slot.contains(address) && unseen.is_none_or(|unseen| !unseen.contains_key(slot)))
+        };
+        let mut others = self.ledger.pods.values().filter(|a| a.eni != *eni);
+        others.any(|a| a.addresses().any(|one| one == *address) && given(&a.eni))
     }
 
     /// An ENI that is there and that the ledger does not know.

@@ -119,8 +119,8 @@ impl Pool {
         self.ledger.enis.values().filter(|eni| eni.device != DeviceIndex::PRIMARY && eni.created).any(|eni| empty(&eni))
     }
 
-    /// Takes back what was decided and not yet asked of EC2: whoever waits comes before what is to go.
-    fn lift_fences(&mut self, out: &mut Out) {
+    /// Takes back what was decided and not yet asked of EC2: whoever waits comes before what is to go. True if there was any.
+    pub(super) fn lift_fences(&mut self, out: &mut Out) -> bool {
         let certain = |pool: &Self, eni: &EniId| {
             let fenced = pool.live.get(eni).is_some_and(|live| live.fenced_at.is_some() && !live.fence_uncertain);
             fenced && !pool.under_way(|op| op.changes() == Some(eni))
@@ -130,12 +130,14 @@ impl Pool {
         let leaving = |eni: &&EniRecord| eni.leaving.is_some() && eni.progress >= Progress::Attached;
         let enis = self.ledger.enis.values().filter(leaving).filter(|eni| certain(self, &eni.id));
         let enis: Vec<EniId> = enis.map(|eni| eni.id.clone()).collect();
+        let any = !slots.is_empty() || !enis.is_empty();
         for (eni, slots) in slots {
             self.keep(&eni, slots, "it is needed, or nothing may be given back now", out);
         }
         for eni in enis {
             self.stay(&eni, "it is needed, or nothing may be given back now", out);
         }
+        any
     }
 
     /// Every ENI in service with how long each of its slots has served nobody.

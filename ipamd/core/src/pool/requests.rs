@@ -75,7 +75,7 @@ impl Pool {
         let mut used = self.in_use();
         let mut pods: BTreeMap<EniId, u32> = self.pods_by_eni();
         let mut candidates = self.candidates(&pods);
-        let mut nothing_comes = None;
+        let (mut nothing_comes, mut fences_stand) = (None, true);
         while let Some(first) = self.waiting.front() {
             if let Some(held) = self.ledger.pods.get(&first.sandbox).cloned() {
                 // The same sandbox asked twice while nothing was free: both get the one address.
@@ -84,8 +84,13 @@ impl Pool {
                 continue;
             }
             let out_of_patience = first.deadline <= now;
+            let rested = self.pick(&candidates, &used, false, now);
+            if rested.is_none() && std::mem::take(&mut fences_stand) && self.lift_fences(out) {
+                candidates = self.candidates(&pods);
+                continue;
+            }
             // A cool-down yields when nothing else can bring an address soon, or when the pod would fail otherwise.
-            let pick = self.pick(&candidates, &used, out_of_patience, now).or_else(|| {
+            let pick = rested.or_else(|| self.pick(&candidates, &used, out_of_patience, now)).or_else(|| {
                 let yields = *nothing_comes.get_or_insert_with(|| !self.capacity_is_coming(now));
                 self.pick(&candidates, &used, true, now).filter(|_| yields)
             });

@@ -1,5 +1,7 @@
 //! Giving back: what goes, behind which fences, and what a crash, a lost answer or a refusal in between leaves.
 
+use std::sync::Arc;
+
 use super::*;
 use crate::ledger::{EniRecord, Progress};
 use crate::release::{ENI_IDLE_MS, SLOT_IDLE_MS};
@@ -47,6 +49,27 @@ fn what_idles_beyond_the_target_goes_back_and_the_eni_with_it() {
 }
 
 #[test]
+fn an_eni_is_forgotten_although_a_pod_has_one_of_its_addresses_from_another() {
+    let mut w = after_a_burst(&[("MINIMUM_IP_TARGET", "14")]);
+    let primary = EniId::new("eni-primary").unwrap();
+    let taken = w.enis.keys().find(|id| **id != primary).cloned().unwrap();
+    let moved = *w.enis[&taken].slots.first().unwrap();
+    w.enis.remove(&taken);
+    w.enis.get_mut(&primary).unwrap().slots.insert(moved);
+    w.run(120_000);
+    let lives = |w: &World| w.pool.ledger().pods.values().any(|a| IpNet::from(a.address) == moved && a.eni == primary);
+    let mut number = 20;
+    while !lives(&w) {
+        let request = w.add(number);
+        w.run(1_000);
+        w.added(request);
+        number += 1;
+    }
+    w.run(LONG);
+    assert!(lives(&w) && !w.pool.ledger().enis.contains_key(&taken), "{:?}", w.pool.ledger().enis.keys());
+}
+
+#[test]
 fn the_add_ons_whole_eni_target_gives_back_whole_enis_only() {
     let mut w = after_a_burst(&[("WARM_ENI_TARGET", "0")]);
     w.run(LONG);
@@ -82,12 +105,9 @@ fn a_slot_with_a_pod_route_is_never_given_back_although_no_sandbox_is_known() {
     assert!(left.contains(&"10.0.3.2/32".to_owned()), "{left:?}");
 }
 
-#[test]
-fn a_route_that_appears_behind_the_fence_calls_the_release_off() {
-    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "1")], &["10.0.3.1/32", "10.0.3.2/32"]);
-    w.step(Event::Tick);
-    // Runs up to the fence: the record is written, EC2 not yet called.
-    let slots = loop {
+/// Runs until something is fenced: the record is written, EC2 not called. Its slots, and the reading of the kernel that is due.
+fn up_to_the_fence(w: &mut World) -> (BTreeSet<IpNet>, OpId, Arc<NodePlan>) {
+    loop {
         let (at, _) = w.pool.poll_deadline().unwrap();
         w.now = w.now.max(at);
         let commands = w.pool.step(Event::Tick, w.now);
@@ -108,21 +128,50 @@ fn a_route_that_appears_behind_the_fence_calls_the_release_off() {
                 w.step(Event::Cloud { op, result });
             }
         }
-        if let (Some(slots), Some((op, plan))) = (fenced.clone(), kernel.clone()) {
-            w.pod_routes.insert(slots.first().unwrap().network());
-            let result = Ok((w.kernel(&plan), w.pods_seen()));
-            w.step(Event::Kernel { op, result });
-            break slots;
+        match (fenced, kernel) {
+            (Some(slots), Some((op, plan))) => return (slots, op, plan),
+            (_, Some((op, plan))) => {
+                let result = Ok((w.kernel(&plan), w.pods_seen()));
+                w.step(Event::Kernel { op, result });
+            }
+            _ => {}
         }
-        if let Some((op, plan)) = kernel {
-            let result = Ok((w.kernel(&plan), w.pods_seen()));
-            w.step(Event::Kernel { op, result });
-        }
-    };
+    }
+}
+
+#[test]
+fn a_route_that_appears_behind_the_fence_calls_the_release_off() {
+    let mut w = World::new("m5.large", &[("WARM_IP_TARGET", "1")], &["10.0.3.1/32", "10.0.3.2/32"]);
+    w.step(Event::Tick);
+    let (slots, op, plan) = up_to_the_fence(&mut w);
+    w.pod_routes.insert(slots.first().unwrap().network());
+    let result = Ok((w.kernel(&plan), w.pods_seen()));
+    w.step(Event::Kernel { op, result });
     w.run(2 * SLOT_IDLE_MS);
     assert_eq!(count(&w, "UnassignPrivateIpAddresses"), 0);
     assert!(w.notes.iter().any(|note| matches!(note, Note::Kept { .. })), "said so: {slots:?}");
     assert!(w.pool.ledger().releasing.is_empty());
+}
+
+#[test]
+fn what_is_about_to_go_serves_before_a_cool_down_is_cut() {
+    // All that the instance can have, so that nothing else can come; one of it cools for as long as this takes.
+    let slots: Vec<String> = (1..10).map(|n| format!("10.0.3.{n}/32")).collect();
+    let slots: Vec<&str> = slots.iter().map(String::as_str).collect();
+    let vars = [("WARM_IP_TARGET", "1"), ("MAX_ENI", "1"), ("IP_COOLDOWN_PERIOD", "36000")];
+    let mut w = World::new("m5.large", &vars, &slots);
+    w.step(Event::Tick);
+    let first = w.add(0);
+    w.added(first);
+    w.del(0);
+    let (going, ..) = up_to_the_fence(&mut w);
+    let rested = u32::try_from(slots.len() - going.len()).unwrap() - 1;
+    let given: Vec<_> = (1..=rested).map(|n| w.add(n)).collect();
+    given.into_iter().for_each(|request| drop(w.added(request)));
+    let last = w.add(rested + 1);
+    let address = IpNet::from(w.added(last).address);
+    assert!(going.contains(&address), "{address} was cooling, and could have stayed: {going:?}");
+    assert!(!w.notes.iter().any(|note| matches!(note, Note::CooldownYielded { .. })));
 }
 
 #[test]
