@@ -88,7 +88,7 @@ def write(out, name, files, entrypoint, cmd):
     config = {
         "architecture": architecture,
         "os": "linux",
-        "config": {"User": "0:0", "Entrypoint": entrypoint, "Cmd": cmd},
+        "config": {"User": "0:0", "Env": ["PATH=/flatwire"], "Entrypoint": entrypoint, "Cmd": cmd},
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(files).hexdigest()}"]},
     }
     as_json = lambda value: json.dumps(value, sort_keys=True).encode()  # noqa: E731

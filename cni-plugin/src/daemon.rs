@@ -39,7 +39,7 @@ pub const CONNECT: Duration = Duration::from_secs(1);
 /// The reason of a release by GC; a pod that is gone, as the add-on would count it.
 const STALE: &str = "PodDeleted";
 const IPAMD: &str = "ipamd";
-const POLICY_AGENT: &str = "the network policy agent";
+pub const POLICY_AGENT: &str = "the network policy agent";
 
 pub struct Daemon {
     client: CniBackendClient<Connection>,

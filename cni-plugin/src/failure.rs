@@ -38,6 +38,7 @@ use flatwire_core::error::chain;
 use flatwire_kernel::KernelError;
 use flatwire_proto::Reason;
 
+use crate::daemon::POLICY_AGENT;
 use crate::spec::{CniVersion, ErrorObject};
 
 const TRY_AGAIN_LATER: u32 = 11;
@@ -179,6 +180,12 @@ impl Failure {
             }
             Self::Config { .. } => {
                 "correct the conflist on this node, or the setting of the daemon set it is written from"
+            }
+            Self::PeerAway { peer: POLICY_AGENT, why, .. } => {
+                return format!(
+                    "{why}; ipamd's NETWORK_POLICY_ENFORCING_MODE asks for it: run it on this node, or unset that where there \
+                     is none"
+                );
             }
             Self::PeerAway { why, .. } => {
                 return format!(

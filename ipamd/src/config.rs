@@ -11,7 +11,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
-use flatwire_core::settings::{Leniency, Reader, SettingError, Settings, WITHOUT_EFFECT};
+use flatwire_core::settings::{Leniency, Reader, SETTINGS, SettingError, Settings, WITHOUT_EFFECT};
 use tracing_subscriber::EnvFilter;
 
 /// The introspection address of the add-on, which its log collector asks.
@@ -305,6 +305,12 @@ impl Config {
 }
 
 impl Config {
+    /// Where the plugin will look for the network policy agent that it was told to call, if none is there.
+    pub fn absent_policy_agent(&self) -> Option<PathBuf> {
+        let socket = self.socket.with_file_name("npa.sock");
+        (!self.network_policy_mode.is_empty() && !socket.exists()).then_some(socket)
+    }
+
     /// How EC2 and the metadata service are reached.
     pub fn cloud(&self) -> flatwire_cloud::Config {
         flatwire_cloud::Config {
@@ -345,7 +351,7 @@ fn kubernetes<L: Fn(&str) -> Option<String>>(
             });
         }
     };
-    let settings = flatwire_core::settings::SETTINGS.iter().map(|(name, _, _)| *name);
+    let settings = SETTINGS.iter().map(|(name, _, _)| *name);
     let config = flatwire_kube::Config {
         server: server.clone(),
         reporter: r.text("MY_POD_NAME").unwrap_or_else(|| node.clone()),
@@ -362,6 +368,15 @@ fn kubernetes<L: Fn(&str) -> Option<String>>(
         r.refuse_always("CLUSTER_ENDPOINT", &server, allowed);
     }
     Ok(config)
+}
+
+/// Names of ours that are no setting: misspelt, or of another version.
+pub fn unknown(names: impl Iterator<Item = String>) -> Vec<String> {
+    let is_setting = |name: &str| {
+        let places = PLACES.iter().map(|place| place.variable);
+        places.chain(SETTINGS.iter().map(|(variable, ..)| *variable)).any(|known| known == name)
+    };
+    names.filter(|name| name.starts_with("FLATWIRE_") && !is_setting(name)).collect()
 }
 
 fn default_of(variable: &str) -> &'static str {
@@ -444,6 +459,12 @@ mod tests {
     fn parse(vars: &[(&str, &str)]) -> Result<Config, Refused> {
         let environment = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
         Config::parse(&RunArgs(BTreeMap::new()), environment)
+    }
+
+    #[test]
+    fn a_misspelt_name_of_ours_is_named() {
+        let names = ["FLATWIRE_SOCKET", "FLATWIRE_BLOCK_IMDS", "FLATWIRE_SOCKETS", "PATH"].map(str::to_owned);
+        assert_eq!(unknown(names.into_iter()), ["FLATWIRE_SOCKETS"]);
     }
 
     #[test]

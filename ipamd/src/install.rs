@@ -7,6 +7,7 @@
 //! that come meanwhile are refused with a reason and tried again. `ipamd uninstall` goes the other way, and takes away only
 //! what is ours.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -17,9 +18,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use clap::Args;
+use flatwire_core::ledger::LedgerState;
 use flatwire_kernel::node::NodeKernel;
-use flatwire_store::StoreError;
 use flatwire_store::journal::Journal;
+use flatwire_store::{StoreError, releases};
 use serde_json::{Value, json};
 
 use crate::config::PluginConfig;
@@ -31,6 +33,10 @@ const PLUGIN: &str = "aws-cni";
 const OTHERS: &str = "plugins";
 /// The key of a conflist that says who wrote it: the add-on's own has the same file name and the same plugin.
 const MARK: &str = "flatwire";
+/// Of the state's folder: what was deleted while no daemon was there.
+const RELEASES: &str = "releases";
+/// Pods that a refusal names.
+const NAMED: usize = 10;
 /// How long a daemon that is being stopped may take.
 const AWAY_WITHIN: Duration = Duration::from_secs(60);
 /// How often a pool that cannot serve yet is asked again.
@@ -204,25 +210,27 @@ pub fn uninstall(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
 /// Files only, and only ours. What was done, a sentence each.
 fn uninstall_from(own: &Path, places: &Places, purge: bool) -> anyhow::Result<Vec<String>> {
     let mut done = Vec::new();
-    // First, so that no pod comes any more.
-    if remove_conflist(&places.conf_dir)? {
-        done.push(format!("{} is gone: the node takes no new pods", places.conf_dir.join(CONFLIST).display()));
-    }
     let ledger = places.state_dir.join("flatwire.journal");
-    // A daemon that still ran would put everything back. Its lock is held to the end, so that none starts either.
+    // A daemon that still ran would put everything back. Its lock is held to the end: none starts, and no pod gets an address.
     let _held = if ledger.exists() {
         let (held, opened) = without_a_daemon(&ledger)?;
-        if purge && !opened.pods.is_empty() {
-            let (pods, dir) = (opened.pods.len(), places.state_dir.display());
+        let pods = pods_left(&opened, &places.state_dir.join(RELEASES))?;
+        // The runtime deletes no pod without a conflist: one that is still there would never go.
+        if !pods.is_empty() && (purge || is_conflist_ours(&places.conf_dir)) {
+            let (count, names) = (pods.len(), pods.iter().take(NAMED).cloned().collect::<Vec<_>>().join(", "));
             bail!(
-                "{pods} pods of this node have addresses by the ledger in {dir}; drain the node first, or leave the ledger \
-                 in place (without --purge)"
+                "nothing is touched: {count} pods of this node have addresses, and could not be deleted afterwards ({names}{}); \
+                 delete them, and those of DaemonSets, which a drain leaves; this goes on once they are gone",
+                if count > NAMED { ", …" } else { "" }
             );
         }
         Some(held)
     } else {
         None
     };
+    if remove_conflist(&places.conf_dir)? {
+        done.push(format!("{} is gone: the node takes no new pods", places.conf_dir.join(CONFLIST).display()));
+    }
     let plugin = places.bin_dir.join(PLUGIN);
     match (fs::read(&plugin), fs::read(own.join(PLUGIN))) {
         (Ok(there), Ok(ours)) if there == ours => {
@@ -237,15 +245,23 @@ fn uninstall_from(own: &Path, places: &Places, purge: bool) -> anyhow::Result<Ve
         for file in files {
             remove(&places.state_dir.join(file))?;
         }
-        let queue = places.state_dir.join("releases");
+        let queue = places.state_dir.join(RELEASES);
         absent_is_fine(fs::remove_dir_all(&queue)).with_context(|| format!("remove {}", queue.display()))?;
         done.push(format!("the ledger and the state in {} are gone", places.state_dir.display()));
     }
     Ok(done)
 }
 
+/// Pods with an address by the ledger, but for those that were deleted since: without a daemon their release is queued.
+fn pods_left(ledger: &LedgerState, queue: &Path) -> anyhow::Result<Vec<String>> {
+    let queued = releases::all(queue)?;
+    let deleted: BTreeSet<_> = queued.iter().filter_map(|one| Some(one.release.as_ref().ok()?.sandbox())).collect();
+    let left = ledger.pods.iter().filter(|(sandbox, _)| !deleted.contains(sandbox));
+    Ok(left.map(|(_, pod)| pod.pod.to_string()).collect())
+}
+
 /// The ledger, once no daemon holds it.
-fn without_a_daemon(ledger: &Path) -> anyhow::Result<(Journal, flatwire_core::ledger::LedgerState)> {
+fn without_a_daemon(ledger: &Path) -> anyhow::Result<(Journal, LedgerState)> {
     let deadline = Instant::now() + AWAY_WITHIN;
     loop {
         match Journal::open(ledger) {
@@ -258,13 +274,16 @@ fn without_a_daemon(ledger: &Path) -> anyhow::Result<(Journal, flatwire_core::le
 
 /// Removes the conflist if we wrote it, and says whether it did.
 fn remove_conflist(dir: &Path) -> anyhow::Result<bool> {
-    let file = dir.join(CONFLIST);
-    let Ok(text) = fs::read_to_string(&file) else { return Ok(false) };
-    let ours = serde_json::from_str::<Value>(&text).is_ok_and(|list| list.get(MARK).is_some());
+    let ours = is_conflist_ours(dir);
     if ours {
-        remove(&file)?;
+        remove(&dir.join(CONFLIST))?;
     }
     Ok(ours)
+}
+
+fn is_conflist_ours(dir: &Path) -> bool {
+    let text = fs::read_to_string(dir.join(CONFLIST)).unwrap_or_default();
+    serde_json::from_str::<Value>(&text).is_ok_and(|list| list.get(MARK).is_some())
 }
 
 fn remove(file: &Path) -> anyhow::Result<()> {
@@ -497,9 +516,23 @@ mod tests {
         journal.append(&[Record::Allocated(pod)]).unwrap();
         drop(journal);
         let error = node.uninstall(true).unwrap_err().to_string();
-        assert!(error.contains("1 pods") && error.contains("drain"), "{error}");
+        assert!(error.contains("default/web") && error.contains("drain"), "{error}");
         assert!(ledger.exists());
-        assert!(node.uninstall(false).is_ok());
+        assert!(node.uninstall(false).is_ok(), "somebody else's conflist, or none: nobody is stranded");
+
+        // With our conflist away nobody could delete the pod.
+        let (list, _) = conflist(&settings(&node));
+        put(&node.path("net.d"), CONFLIST.as_ref(), list.to_string().as_bytes(), 0o644).unwrap();
+        node.install();
+        assert!(node.uninstall(false).is_err() && node.uninstall(true).is_err());
+        assert_eq!((node.names("net.d").len(), node.names("bin").len()), (1, 2), "nothing is touched");
+
+        // Deleted without a daemon.
+        fs::create_dir(node.path("state/releases")).unwrap();
+        let release = r#"{"version":1,"network":"aws-cni","container_id":"c1","if_name":"eth0"}"#;
+        fs::write(node.path("state/releases/c1.json"), release).unwrap();
+        node.uninstall(true).unwrap();
+        assert!(!ledger.exists() && node.names("net.d").is_empty());
     }
 
     #[test]

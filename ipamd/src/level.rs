@@ -19,6 +19,9 @@ pub struct LevelArgs {
     /// normal; no-release: nothing is given back; no-cloud: EC2 is not called at all. Shows the level if left out.
     #[arg(value_parser = PossibleValuesParser::new(LEVELS.map(node_state::level_name)).map(level_named))]
     level: Option<Level>,
+    /// Take what the file says of the level out of it, so that an annotation or label flatwire.io/level holds again.
+    #[arg(long, conflicts_with = "level")]
+    clear: bool,
     /// Where the state of the node lies.
     #[arg(long, env = "FLATWIRE_NODE_STATE", default_value = NODE_STATE)]
     node_state: PathBuf,
@@ -34,6 +37,13 @@ pub fn level(args: &LevelArgs) -> anyhow::Result<ExitCode> {
     let said = node_state::read(&args.node_state)?;
     let in_file = said.level.unwrap_or_default();
     let before = node_state::level_name(in_file);
+    if args.clear {
+        if said.level.is_some() {
+            write(args, &Said { level: None, ..said })?;
+        }
+        println!("{path} says none now; an annotation flatwire.io/level of the node would hold; see `ipamd status`");
+        return Ok(ExitCode::SUCCESS);
+    }
     let Some(level) = args.level else {
         println!("level {before}: {}", node_state::meaning(in_file));
         if said.level.is_none() {
@@ -46,13 +56,17 @@ pub fn level(args: &LevelArgs) -> anyhow::Result<ExitCode> {
         println!("level {name} already: {}", node_state::meaning(level));
         return Ok(ExitCode::SUCCESS);
     }
-    let mut text = serde_json::to_string_pretty(&Said { level: Some(level), ..said })?;
+    write(args, &Said { level: Some(level), ..said })?;
+    println!("level {name} (was {before}): {}", node_state::meaning(level));
+    println!("written to {path}; a running daemon follows within 2 s, one that starts later from its start");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write(args: &LevelArgs, said: &Said) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(said)?;
     text.push('\n');
     if let Some(folder) = args.node_state.parent() {
         std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     }
-    flatwire_store::replace(&args.node_state, text.as_bytes())?;
-    println!("level {name} (was {before}): {}", node_state::meaning(level));
-    println!("written to {path}; a running daemon follows within 2 s, one that starts later from its start");
-    Ok(ExitCode::SUCCESS)
+    Ok(flatwire_store::replace(&args.node_state, text.as_bytes())?)
 }

@@ -17,7 +17,7 @@ use flatwire_kernel::nft::{Chain, Family, Hook, Nft, Rule as NftRule, Table};
 use flatwire_kernel::{KernelError, Netlink, Rule, VethEnd, netns, sysctl};
 use serde::Serialize;
 
-use crate::config::{Config, Refused, RunArgs};
+use crate::config::{self, Config, Refused, RunArgs};
 use crate::node_state;
 use crate::table::{Colour, coloured, progress, table};
 
@@ -109,6 +109,14 @@ fn settings(config: &Config) -> Vec<Check> {
     }
     for (variable, why) in &config.without_effect {
         checks.push(Check::ok("settings", format!("{variable} has no effect: {why}")));
+    }
+    for variable in config::unknown(std::env::vars().map(|(name, _)| name)) {
+        let text = format!("{variable} is no setting of this version");
+        checks.push(Check::new(Verdict::Warn, "settings", text, "see its spelling"));
+    }
+    if let Some(socket) = config.absent_policy_agent() {
+        let text = format!("NETWORK_POLICY_ENFORCING_MODE is set and {} is not there: no pod starts", socket.display());
+        checks.push(Check::new(Verdict::Fail, "policy agent", text, "run an agent on this node, or unset it"));
     }
     match node_state::read(&config.node_state) {
         Ok(state) => checks.push(Check::ok("level", node_state::level_name(state.level.unwrap_or_default()))),

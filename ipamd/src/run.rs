@@ -1,6 +1,6 @@
 //! `ipamd run`: the composition root. Opens the ledger, starts the loop over it, serves, and stops in order.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,7 +17,7 @@ use flatwire_store::{StoreError, checkpoint};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, RunArgs};
+use crate::config::{self, Config, RunArgs};
 use crate::driver::{Driver, wall_clock};
 use crate::grpc::{self, Service};
 use crate::http::{self, Pages};
@@ -39,6 +39,13 @@ pub fn run(args: RunArgs, probe: impl Probe) -> anyhow::Result<()> {
     }
     for (variable, why) in &config.without_effect {
         tracing::info!(variable, why, "set, and without effect");
+    }
+    for variable in config::unknown(std::env::vars().map(|(name, _)| name)) {
+        tracing::warn!(variable, "no setting of this version, so without effect: see its spelling");
+    }
+    if let Some(socket) = config.absent_policy_agent() {
+        let (socket, variable) = (socket.display(), "NETWORK_POLICY_ENFORCING_MODE");
+        tracing::warn!(%socket, "{variable} is set, and no policy agent is there: no pod starts until one is, or it is unset");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(serve(config, probe))
@@ -179,16 +186,23 @@ fn start_log(config: &Config) -> anyhow::Result<()> {
         }
         "stderr" => builder.json().flatten_event(true).with_writer(std::io::stderr).init(),
         "stdout" => builder.json().flatten_event(true).init(),
-        path => {
-            if let Some(folder) = std::path::Path::new(path).parent() {
-                std::fs::create_dir_all(folder).with_context(|| format!("create the log folder of {path}"))?;
+        path => match log_file(Path::new(path)) {
+            Ok(file) => builder.json().flatten_event(true).with_writer(Arc::new(file)).init(),
+            // The add-on's file is one of its own container. Pods need the daemon more than the file.
+            Err(error) => {
+                builder.json().flatten_event(true).with_writer(std::io::stderr).init();
+                tracing::warn!(path, %error, "AWS_VPC_K8S_CNI_LOG_FILE cannot be written: the log goes to stderr");
             }
-            let file =
-                OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("open {path}"))?;
-            builder.json().flatten_event(true).with_writer(Arc::new(file)).init();
-        }
+        },
     }
     Ok(())
+}
+
+fn log_file(path: &Path) -> std::io::Result<File> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    OpenOptions::new().create(true).append(true).open(path)
 }
 
 #[cfg(test)]

@@ -17,9 +17,13 @@ import yaml
 
 CHART = pathlib.Path(sys.argv[1])
 PLAIN = CHART.parent / "flatwire.yaml"
+PLAIN_AWAY = CHART.parent / "flatwire-uninstall.yaml"
 # The oldest that the chart says it runs on and the newest there is.
 VERSIONS = ("1.25", "1.37")
 HEAD = """# Flatwire without Helm: the chart of deploy/chart, rendered with its own values. Written by `make chart`.
+# Set the image before you apply it: sed 's|image: flatwire:|image: REGISTRY/flatwire:|'
+"""
+HEAD_AWAY = """# Takes Flatwire off every node without Helm: the chart with uninstall and purge, written by `make chart`. See docs/install.md.
 # Set the image before you apply it: sed 's|image: flatwire:|image: REGISTRY/flatwire:|'
 """
 # What else users will ask for, each to be rendered and valid.
@@ -63,6 +67,8 @@ REFUSED = {
     "tolerance": {"tolerance": []},
     "DISABLE_METRICS": {"env": {"DISABLE_METRICS": "true"}},
     "FLATWIRE_METRICS_BIND_ADDRESS": {"env": {"FLATWIRE_METRICS_BIND_ADDRESS": "127.0.0.1:9"}},
+    "MY_NODE_NAME": {"env": {"MY_NODE_NAME": "one"}},
+    "HOST_CNI_BIN_PATH": {"env": {"HOST_CNI_BIN_PATH": "/host/opt/cni/bin"}},
     "path": {"livenessProbe": {"path": "/"}},
     "id": {"eniConfig": {"create": True, "subnets": {"a": {"subnet": "subnet-1"}}}},
 }
@@ -129,11 +135,10 @@ def rules(case, daemonset, settings):
             complain(where, f"{name} says nothing of what it needs")
 
 
-def plain(chart, rendered):
-    crds = [path.read_text() for path in sorted((CHART / "crds").glob("*.yaml"))]
+def plain(head, crds, rendered):
     texts = [text for path, text in sorted(rendered.items()) if path.endswith(".yaml") and text.strip()]
     pieces = [piece.strip() + "\n" for text in crds + texts for piece in f"\n{text}".split("\n---\n") if piece.strip()]
-    return HEAD + "".join(f"---\n{piece}" for piece in pieces)
+    return head + "".join(f"---\n{piece}" for piece in pieces)
 
 
 def main():
@@ -142,6 +147,8 @@ def main():
     for message in helm.lint(str(CHART))["messages"]:
         if message["error"] != "icon is recommended":
             complain("lint", message["error"])
+    crds = [path.read_text() for path in sorted((CHART / "crds").glob("*.yaml"))]
+    written = {"as it is": (PLAIN, HEAD, crds), "taken away": (PLAIN_AWAY, HEAD_AWAY, [])}
     manifests = valid = 0
     definitions = {}
     for path in sorted((CHART / "crds").glob("*.yaml")):
@@ -166,12 +173,12 @@ def main():
                 valid += validate(case, document, definitions)
                 if document["kind"] == "DaemonSet":
                     rules(case, document, settings)
-            if case == "as it is":
-                text = plain(chart, rendered)
+            if case in written:
+                file, text = written[case][0], plain(*written[case][1:], rendered)
                 if "--write" in sys.argv:
-                    PLAIN.write_text(text)
-                elif not PLAIN.exists() or PLAIN.read_text() != text:
-                    complain(PLAIN.name, "is not what the chart renders; run: make chart")
+                    file.write_text(text)
+                elif not file.exists() or file.read_text() != text:
+                    complain(file.name, "is not what the chart renders; run: make chart")
         for named, values in REFUSED.items():
             try:
                 render(chart, values)

@@ -316,8 +316,8 @@ Ctrl-C ends it."#,
     /// A condition of a node.
     pub fn condition(&self, node: &str, kind: &str) -> Value {
         let node = self.json(&["get", "node", node]);
-        let conditions = node["status"]["conditions"].as_array().into_iter().flatten();
-        conditions.filter(|one| one["type"] == kind).cloned().next().unwrap_or_default()
+        let mut conditions = node["status"]["conditions"].as_array().into_iter().flatten();
+        conditions.find(|one| one["type"] == kind).cloned().unwrap_or_default()
     }
 
     /// Of every object and namespace.

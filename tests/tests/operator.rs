@@ -112,6 +112,12 @@ fn a_level_is_followed_survives_a_restart_and_outlives_a_bad_file() {
     assert_eq!((code, said.contains("remove it")), (1, true), "{said}");
     lab.run(NODE, &["rm", NODE_STATE]).unwrap();
     eventually("nothing is said any more", || level_in_force(&lab) == "normal");
+    assert_eq!(ipamd(&lab, &["level", "no-release"]).0, 0);
+    let (code, said) = ipamd(&lab, &["level", "--clear"]);
+    assert_eq!((code, said.contains("says none now")), (0, true), "{said}");
+    let file = lab.run(NODE, &["cat", NODE_STATE]).unwrap();
+    assert!(!file.contains("level"), "{file}");
+    eventually("nothing is said any more", || level_in_force(&lab) == "normal");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Events: one for each object and reason, however often it happens. The first is told at once, repetitions as a count at
-//! most once a minute. Pure.
+//! Events: one for each object, reason and matter, however often it happens. The first is told at once, repetitions as a
+//! count at most once a minute. Pure.
 
 use std::collections::BTreeMap;
 
@@ -41,7 +41,8 @@ pub struct Event {
 
 #[derive(Debug, Default)]
 pub struct Events {
-    remembered: BTreeMap<(About, String), (Event, Time)>,
+    /// By object, reason, and what of it where the reason alone leaves that open.
+    remembered: BTreeMap<(About, String, String), (Event, Time)>,
 }
 
 impl Events {
@@ -50,12 +51,13 @@ impl Events {
         &mut self,
         about: About,
         reason: &str,
+        matter: &str,
         action: &'static str,
         note: &str,
         now: Time,
     ) -> Option<Event> {
         let reason = camel_case(reason);
-        let key = (about.clone(), reason.clone());
+        let key = (about.clone(), reason.clone(), matter.to_owned());
         self.remembered.retain(|_, (event, _)| now.since_ms(event.last) < FORGET_AFTER_MS);
         if let Some((event, told)) = self.remembered.get_mut(&key) {
             event.count = event.count.saturating_add(1);
@@ -71,7 +73,7 @@ impl Events {
             let oldest = self.remembered.iter().min_by_key(|(_, (event, _))| event.last).map(|(key, _)| key.clone());
             oldest.map(|key| self.remembered.remove(&key));
         }
-        let name = name_of(&about, &reason, now);
+        let name = name_of(&about, &format!("{reason}{matter}"), now);
         let note = cut(note);
         let event = Event { about, name, reason, action, note, first: now, last: now, count: 1 };
         self.remembered.insert(key, (event.clone(), now));
@@ -91,9 +93,9 @@ pub fn camel_case(reason: &str) -> String {
 }
 
 /// A name that no other event has: its object's, and when and why it began.
-fn name_of(about: &About, reason: &str, now: Time) -> String {
+fn name_of(about: &About, why: &str, now: Time) -> String {
     // FNV-1a: names need to differ, not to be secret.
-    let hash = reason
+    let hash = why
         .bytes()
         .chain(about.uid.bytes())
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
@@ -120,7 +122,7 @@ mod tests {
     }
 
     fn happens(events: &mut Events, name: &str, reason: &str, at: u64) -> Option<Event> {
-        events.happened(about(name), reason, "AssignAddress", "no address", Time(at))
+        events.happened(about(name), reason, "", "AssignAddress", "no address", Time(at))
     }
 
     #[test]
@@ -132,6 +134,15 @@ mod tests {
         let again = happens(&mut events, "web", "subnet_empty", 60_000).unwrap();
         assert_eq!((again.count, again.first, again.last), (61, Time(0), Time(60_000)));
         assert_eq!(again.name, first.name, "it is the same event");
+    }
+
+    #[test]
+    fn two_settings_that_are_not_allowed_are_two_events() {
+        let mut events = Events::default();
+        let mut refused = |matter| events.happened(about("node"), "invalid_setting", matter, "Read", matter, Time(0));
+        let (one, other) = (refused("a is not allowed").unwrap(), refused("b is not allowed").unwrap());
+        assert!(one.name != other.name && one.reason == other.reason, "{one:?} {other:?}");
+        assert_eq!(refused("a is not allowed"), None);
     }
 
     #[test]
@@ -159,7 +170,7 @@ mod tests {
     fn names_and_notes_are_as_long_as_the_server_takes() {
         let mut events = Events::default();
         let long =
-            events.happened(about(&"a".repeat(253)), "denied", "AssignAddress", &"ä".repeat(900), Time(u64::MAX));
+            events.happened(about(&"a".repeat(253)), "denied", "", "AssignAddress", &"ä".repeat(900), Time(u64::MAX));
         let long = long.unwrap();
         assert!(long.name.len() <= 253 && long.note.len() <= 1_000, "{}", long.name.len());
     }

@@ -230,7 +230,7 @@ impl<D: Daemon> Keeper<D> {
                     // As the kubelet's events about its node.
                     uid: self.config.node.clone(),
                 };
-                self.happened(about, complaint.reason, "ReadSettings", &complaint.text);
+                self.happened(about, complaint.reason, &complaint.text, "ReadSettings", &complaint.text);
             }
             self.observer.complaints(complaints.len());
             let texts = complaints.iter().map(|complaint| complaint.text.clone()).collect();
@@ -283,12 +283,12 @@ impl<D: Daemon> Keeper<D> {
             name: failed.pod.name.clone(),
             uid: self.view.uid_of(&failed.pod).unwrap_or_default().to_owned(),
         };
-        self.happened(about, &failed.reason, "AssignAddress", &format!("no address: {}", failed.message));
+        self.happened(about, &failed.reason, "", "AssignAddress", &format!("no address: {}", failed.message));
     }
 
-    fn happened(&mut self, about: About, reason: &str, action: &'static str, note: &str) {
+    fn happened(&mut self, about: About, reason: &str, matter: &str, action: &'static str, note: &str) {
         let now = self.clock.now();
-        let Some(event) = self.events.happened(about, reason, action, note, now) else { return };
+        let Some(event) = self.events.happened(about, reason, matter, action, note, now) else { return };
         let Event { name, .. } = &event;
         if !self.outbox.news(Key::Event(name.clone()), Write::Event(event), now) {
             self.observer.wrote(crate::WriteKind::Event, WriteOutcome::Dropped);

@@ -124,7 +124,9 @@ impl View {
         let own = own_settings(node, &mut complaints);
         if let Some((place, value)) = own.get("level") {
             said.level = level(place, value, &mut complaints);
-            said.places.insert(Part::Level, place.clone());
+            if said.level.is_some() {
+                said.places.insert(Part::Level, place.clone());
+            }
         }
         self.size(&own, node, config, &mut said, &mut complaints);
         if config.custom_networking {
@@ -145,12 +147,17 @@ impl View {
             config.settings.get(name).cloned().or(kubelets)
         };
         let (sizing, refused) = Sizing::of_node(&values, environment, config.lenient);
-        complaints.extend(refused.into_iter().map(|error| Complaint {
-            reason: "InvalidSetting",
-            text: format!("a label or annotation {PREFIX}… of this node is set aside: {error}"),
+        // A refusal of none of them is of how they go together: then none holds.
+        let together = refused.iter().any(|error| !values.contains_key(error.variable()));
+        let aside = |variable: &str| together || refused.iter().any(|error| error.variable() == variable);
+        let found = PER_NODE.iter().filter_map(|(key, variable)| Some((*variable, own.get(*key)?)));
+        let held = found.clone().filter(|(variable, _)| !aside(variable));
+        let keys = held.map(|(_, (place, value))| format!("{place}={value}")).collect::<Vec<_>>().into_iter();
+        complaints.extend(refused.iter().map(|error| {
+            let place = found.clone().find(|(variable, _)| *variable == error.variable());
+            let place = place.map_or("what labels and annotations say of this node", |(_, (place, _))| place);
+            Complaint { reason: "InvalidSetting", text: format!("{place} is set aside: {error}") }
         }));
-        let keys =
-            PER_NODE.iter().filter_map(|(key, _)| own.get(*key).map(|(place, value)| format!("{place}={value}")));
         let capacity = of_kubelet.map(|most| format!("{most} pods by the kubelet"));
         said.places.insert(Part::Sizing, keys.chain(capacity).collect::<Vec<_>>().join(", "));
         said.sizing = Some(sizing);

@@ -46,8 +46,21 @@ pub struct Queued {
     pub release: Result<QueuedRelease, String>,
 }
 
-/// What is queued now, by file name. A folder that is not there is an empty queue.
+/// What is to be settled in this pass, by file name.
 pub fn list(folder: &Path) -> Result<Vec<Queued>, StoreError> {
+    // What cannot be read does not stand in the way of what can.
+    let mut readable = 0;
+    let mut queued = all(folder)?;
+    let end = queued.iter().position(|one| {
+        readable += usize::from(one.release.is_ok());
+        readable > MAX_PER_PASS
+    });
+    queued.truncate(end.unwrap_or(queued.len()));
+    Ok(queued)
+}
+
+/// What is queued now, by file name. A folder that is not there is an empty queue.
+pub fn all(folder: &Path) -> Result<Vec<Queued>, StoreError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -62,16 +75,7 @@ pub fn list(folder: &Path) -> Result<Vec<Queued>, StoreError> {
             .and_then(|bytes| serde_json::from_slice(&bytes).map_err(|e| e.to_string()));
         Queued { path, release }
     };
-    // What cannot be read does not stand in the way of what can.
-    let mut readable = 0;
-    Ok(paths
-        .into_iter()
-        .map(read)
-        .take_while(|queued| {
-            readable += usize::from(queued.release.is_ok());
-            readable <= MAX_PER_PASS
-        })
-        .collect())
+    Ok(paths.into_iter().map(read).collect())
 }
 
 /// Takes a settled release out of the queue. Absent means done.

@@ -291,8 +291,12 @@ impl Pool {
             return Some("DISABLE_NETWORK_RESOURCE_PROVISIONING forbids taking more".to_owned());
         }
         if !self.may_read() {
-            let by = self.node_state.sources.get(&Part::Level).map_or("an operator", String::as_str);
-            return Some(format!("the level is no-cloud, says {by}; the level normal lifts it (`ipamd level normal`)"));
+            // The file wins over what the Node says, so it is no remedy for that.
+            let on_node = |by: &&String| by.starts_with("annotation ") || by.starts_with("label ");
+            let by = self.node_state.sources.get(&Part::Level);
+            let lift = by.filter(on_node).map_or("`ipamd level normal` lifts it", |_| "without it EC2 is called again");
+            let by = by.map_or("an operator", String::as_str);
+            return Some(format!("the level is no-cloud, says {by}; {lift}"));
         }
         if self.settings.custom_networking && self.node_state.eni_config.is_none() {
             let why = self.node_state.sources.get(&Part::EniConfig);

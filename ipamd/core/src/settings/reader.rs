@@ -15,6 +15,14 @@ pub enum SettingError {
     NotSupported { variable: &'static str, value: String, what: &'static str },
 }
 
+impl SettingError {
+    pub fn variable(&self) -> &'static str {
+        match self {
+            Self::NotAllowed { variable, .. } | Self::NotSupported { variable, .. } => variable,
+        }
+    }
+}
+
 /// A bad value that a lenient reading put up with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leniency {
