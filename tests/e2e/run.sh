@@ -18,6 +18,6 @@ if [ ${#need[@]} -gt 0 ]; then
 fi
 kubernetes=$("$here/kubernetes.sh")
 echo "e2e: Kubernetes' programs are in $kubernetes"
-[ "$what" = stay ] || echo "e2e: what follows takes about six minutes on two processors"
+[ "$what" = stay ] || echo "e2e: what follows takes about eight minutes on two processors"
 python=$("$here/../python.sh" chart)/bin/python
 exec "$programs/e2e" "$what" "$kubernetes" "$python"
