@@ -6,7 +6,7 @@
 
 mod reader;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -91,6 +91,15 @@ pub struct Sizing {
     pub cooldown_secs: u32,
 }
 
+/// What a node's own values have come to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnSizing {
+    pub sizing: Sizing,
+    /// Variables whose own value is in force.
+    pub held: BTreeSet<&'static str>,
+    pub refused: Vec<SettingError>,
+}
+
 impl Sizing {
     /// What follows from a node's own values, by variable, over the environment's. A value that is not allowed is as if it
     /// were not there; values that do not go together with the environment's all are. Each refusal is handed back.
@@ -98,7 +107,7 @@ impl Sizing {
         own: &BTreeMap<&'static str, String>,
         environment: impl Fn(&str) -> Option<String>,
         lenient: bool,
-    ) -> (Self, Vec<SettingError>) {
+    ) -> OwnSizing {
         let mut refused = Vec::new();
         let mut allowed = own.clone();
         allowed.retain(|variable, value| match Settings::parse(|name| (name == *variable).then(|| value.clone())) {
@@ -116,9 +125,11 @@ impl Sizing {
         };
         let sizing = over(&allowed).or_else(|errors| {
             refused.extend(errors);
-            over(&BTreeMap::new())
+            allowed.clear();
+            over(&allowed)
         });
-        (sizing.expect("invariant: the daemon does not start with an environment that is refused"), refused)
+        let sizing = sizing.expect("invariant: the daemon does not start with an environment that is refused");
+        OwnSizing { sizing, held: allowed.into_keys().collect(), refused }
     }
 }
 
@@ -500,17 +511,19 @@ mod tests {
             let own = own.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
             Sizing::of_node(&own, lookup(&environment), false)
         };
-        let (plain, refused) = sized(&[]);
+        let OwnSizing { sizing: plain, refused, .. } = sized(&[]);
         assert_eq!((plain, refused.len()), (parse(&environment).unwrap().sizing(), 0));
-        let (own, refused) = sized(&[("WARM_IP_TARGET", "9"), ("MAX_PODS", "20"), ("MAX_ENI", "none")]);
+        let OwnSizing { sizing: own, held, refused } =
+            sized(&[("WARM_IP_TARGET", "9"), ("MAX_PODS", "20"), ("MAX_ENI", "none")]);
         assert!(refused.len() == 1 && refused[0].to_string().contains("MAX_ENI=\"none\""), "{refused:?}");
         assert_eq!((own.max_eni, own.max_pods), (None, 20));
+        assert_eq!(held.into_iter().collect::<Vec<_>>(), ["MAX_PODS", "WARM_IP_TARGET"]);
         assert!(matches!(own.policy, Policy::AddOn(WarmTargets { warm_ip: 9, minimum_ip: 8, .. })), "{own:?}");
         // Each is allowed by itself; beside the environment they ask for no warm pool at all.
         let environment = [("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
         let own = [("WARM_PREFIX_TARGET", "0".to_owned())].into();
-        let (kept, refused) = Sizing::of_node(&own, lookup(&environment), false);
-        assert_eq!((kept, refused.len()), (parse(&environment).unwrap().sizing(), 1));
+        let OwnSizing { sizing: kept, held, refused } = Sizing::of_node(&own, lookup(&environment), false);
+        assert_eq!((kept, held.len(), refused.len()), (parse(&environment).unwrap().sizing(), 0, 1));
     }
 
     #[test]

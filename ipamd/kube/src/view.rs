@@ -146,21 +146,19 @@ impl View {
             let kubelets = of_kubelet.filter(|_| name == MAX_PODS).map(|most| most.to_string());
             config.settings.get(name).cloned().or(kubelets)
         };
-        let (sizing, refused) = Sizing::of_node(&values, environment, config.lenient);
-        // A refusal of none of them is of how they go together: then none holds.
-        let together = refused.iter().any(|error| !values.contains_key(error.variable()));
-        let aside = |variable: &str| together || refused.iter().any(|error| error.variable() == variable);
-        let found = PER_NODE.iter().filter_map(|(key, variable)| Some((*variable, own.get(*key)?)));
-        let held = found.clone().filter(|(variable, _)| !aside(variable));
-        let keys = held.map(|(_, (place, value))| format!("{place}={value}")).collect::<Vec<_>>().into_iter();
-        complaints.extend(refused.iter().map(|error| {
-            let place = found.clone().find(|(variable, _)| *variable == error.variable());
-            let place = place.map_or("what labels and annotations say of this node", |(_, (place, _))| place);
+        let found = Sizing::of_node(&values, environment, config.lenient);
+        let places = PER_NODE.iter().filter_map(|(key, variable)| Some((*variable, own.get(*key)?)));
+        let places: BTreeMap<&'static str, &(String, String)> = places.collect();
+        complaints.extend(found.refused.iter().map(|error| {
+            let place = places.get(error.variable()).map(|(place, _)| place.as_str());
+            let place = place.unwrap_or("what labels and annotations say of this node");
             Complaint { reason: "InvalidSetting", text: format!("{place} is set aside: {error}") }
         }));
+        let held = places.iter().filter(|(variable, _)| found.held.contains(*variable));
+        let held = held.map(|(_, (place, value))| format!("{place}={value}"));
         let capacity = of_kubelet.map(|most| format!("{most} pods by the kubelet"));
-        said.places.insert(Part::Sizing, keys.chain(capacity).collect::<Vec<_>>().join(", "));
-        said.sizing = Some(sizing);
+        said.places.insert(Part::Sizing, held.chain(capacity).collect::<Vec<_>>().join(", "));
+        said.sizing = Some(found.sizing);
     }
 
     fn eni_config(&self, config: &Config, said: &mut Said, complaints: &mut Vec<Complaint>) {
@@ -347,10 +345,14 @@ pub mod tests {
         assert!(matches!(sizing.policy, Policy::AddOn(warm) if warm.warm_ip == 5), "the annotation wins: {sizing:?}");
         assert_eq!((sizing.max_eni, sizing.max_pods, said.level), (None, 29, Some(Level::NoRelease)));
         let texts: Vec<&str> = complaints.iter().map(|complaint| complaint.text.as_str()).collect();
-        assert!(texts.len() == 2 && texts[0].contains("flatwire.io/colour") && texts[1].contains("MAX_ENI=\"two\""));
+        assert!(texts.len() == 2 && texts[0].contains("flatwire.io/colour"), "{texts:?}");
+        assert!(texts[1].starts_with("label flatwire.io/max-eni is set aside: MAX_ENI=\"two\""), "{texts:?}");
+        let place = &said.places[&Part::Sizing];
+        assert!(place.contains("annotation flatwire.io/warm-ip-target=5") && !place.contains("max-eni"), "{place}");
         let set = Config { settings: [(MAX_PODS.to_owned(), "12".to_owned())].into(), ..plain };
         let (said, complaints) = view(json!({}), json!({ "flatwire.io/level": "off" })).said(&set);
         assert_eq!((said.sizing, said.level, complaints.len()), (None, None, 1), "{complaints:?}");
+        assert_eq!(said.places.get(&Part::Level), None, "what is not allowed says nothing");
     }
 
     #[test]
