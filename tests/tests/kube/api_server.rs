@@ -228,24 +228,39 @@ async fn serve(
             // An error: the other end is gone.
             _ = stopped.changed() => return,
         };
+        // Counted before the question: who goes away meanwhile cuts this connection too.
+        let cuts = *woken.borrow();
         if state.lock().unwrap().away {
             continue;
         }
         let (tls, state, wake, mut woken) = (tls.clone(), state.clone(), wake.clone(), woken.clone());
         tokio::spawn(async move {
             let Ok(stream) = tls.accept(stream).await else { return };
-            let cuts = *woken.borrow();
-            let answers = woken.clone();
+            let answers = Connected { woken: woken.clone(), cuts };
             let service = service_fn(move |request| {
-                let (state, wake, woken) = (state.clone(), wake.clone(), answers.clone());
-                async move { Ok::<_, Infallible>(answer(request, &state, &wake, woken).await) }
+                let (state, wake, connected) = (state.clone(), wake.clone(), answers.clone());
+                async move { Ok::<_, Infallible>(answer(request, &state, &wake, connected).await) }
             });
             let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
             tokio::select! {
-                _ = connection => {}
+                biased;
                 _ = woken.wait_for(|now| *now != cuts) => {}
+                _ = connection => {}
             }
         });
+    }
+}
+
+/// What a watch hears of the server, and the number of cuts that its connection has outlived.
+#[derive(Clone)]
+struct Connected {
+    woken: watch::Receiver<u64>,
+    cuts: u64,
+}
+
+impl Connected {
+    fn is_cut(&self) -> bool {
+        *self.woken.borrow() != self.cuts
     }
 }
 
@@ -314,7 +329,7 @@ async fn answer(
     request: Request<Incoming>,
     state: &Arc<Mutex<State>>,
     wake: &watch::Sender<u64>,
-    woken: watch::Receiver<u64>,
+    connected: Connected,
 ) -> Response<Answer> {
     let bearer = request.headers().get("authorization").and_then(|value| value.to_str().ok()).map(str::to_owned);
     if bearer != Some(format!("Bearer {TOKEN}")) {
@@ -341,7 +356,7 @@ async fn answer(
     let kind = request.headers().get("content-type").and_then(|value| value.to_str().ok()).map(str::to_owned);
     match verb {
         "list" => list(&target, &query, &mut state.lock().unwrap()),
-        "watch" => follow(&target, &query, state, woken),
+        "watch" => follow(&target, &query, state, connected),
         "create" | "patch" => {
             let body = request.into_body().collect().await.unwrap().to_bytes();
             let Ok(body) = serde_json::from_slice(&body) else {
@@ -381,7 +396,7 @@ fn follow(
     target: &Target,
     query: &BTreeMap<String, String>,
     state: &Arc<Mutex<State>>,
-    mut woken: watch::Receiver<u64>,
+    mut connected: Connected,
 ) -> Response<Answer> {
     let mut at: u64 = query.get("resourceVersion").and_then(|at| at.parse().ok()).unwrap_or(0);
     let selector = query.get("fieldSelector").cloned().unwrap_or_default();
@@ -392,6 +407,10 @@ fn follow(
         loop {
             let (news, version) = {
                 let state = state.lock().unwrap();
+                // With the lock held: what is changed after a cut is told on no connection from before it.
+                if connected.is_cut() {
+                    return;
+                }
                 if at < state.remembered_from {
                     let error = json!({ "kind": "Status", "code": 410, "reason": "Expired", "message": "too old" });
                     (vec![json!({ "type": "ERROR", "object": error })], None)
@@ -407,7 +426,7 @@ fn follow(
             }
             let Some(version) = version else { return };
             at = version;
-            if tokio::time::timeout(BOOKMARK_EVERY, woken.changed()).await.is_err() && bookmarks {
+            if tokio::time::timeout(BOOKMARK_EVERY, connected.woken.changed()).await.is_err() && bookmarks {
                 let object = json!({ "metadata": { "resourceVersion": at.to_string() } });
                 let line = json!({ "type": "BOOKMARK", "object": object });
                 if lines.send(Bytes::from(format!("{line}\n"))).await.is_err() {

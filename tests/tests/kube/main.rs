@@ -190,7 +190,9 @@ fn an_api_server_that_is_away_cut_or_forgetful_costs_nothing_but_news() {
     server.away(false);
     within(60, "it is listed again", || scheduled(&lab) == Some(2));
     assert!(server.lists("pods") > lists);
-    assert_eq!(metric(&lab, "flatwire_kube_lists_total{resource=\"pods\"}"), Some(f64::from(server.lists("pods"))));
+    eventually("every list is counted", || {
+        metric(&lab, "flatwire_kube_lists_total{resource=\"pods\"}") == Some(f64::from(server.lists("pods")))
+    });
 
     // A restart in the same minute, with the server away once more.
     server.away(true);
