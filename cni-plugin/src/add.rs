@@ -1,10 +1,18 @@
 //! ADD: ledger, then kernel, then policy, then the answer. What fails undoes all before it.
 //!
+//! One thing the kernel does before the ledger has answered: it makes the pair of links, which takes it as long as ipamd
+//! takes for its record. Until the answer the pair is down, without an address, and no route leads there; without an answer
+//! it goes again.
+//!
 //! In a chain behind another plugin (`prevResult` is given) this plugin adds its interface all the same and puts it
 //! behind the ones already in the result. A chain that already has `CNI_IFNAME` fails, because the name is taken.
 
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
+use flatwire_kernel::pod::Pair;
 use flatwire_proto::AddNetworkReply;
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -38,8 +46,15 @@ pub async fn run(call: &Call, log: &Log) -> Result<Option<Value>, Failure> {
     // Before the question, so that no release of an earlier life of this sandbox can hit the answer: see queue.rs.
     Queue::new(call.conf.release_queue_dir()?).settle(call)?;
     let mut ipamd = ipamd?;
-    let reply = ipamd.add(call).await?;
-    match set_up(call, &sandbox, prefix, mtu, &reply).await {
+    let (reply, pair) = meanwhile(ipamd.add(call), sandbox.make_pair(call, prefix, mtu)).await;
+    let reply = match reply {
+        Ok(reply) => reply,
+        Err(failure) => {
+            wiring::remove_pair(pair).await;
+            return Err(failure);
+        }
+    };
+    match set_up(call, &sandbox, pair, prefix, mtu, &reply).await {
         Ok(granted) => {
             let addresses: Vec<String> =
                 granted.iter().flat_map(Granted::addresses).map(|address| address.to_string()).collect();
@@ -56,6 +71,18 @@ pub async fn run(call: &Call, log: &Log) -> Result<Option<Value>, Failure> {
     }
 }
 
+/// Asks, and works while the answer is on its way. The work may block the thread, so it begins once the question has left.
+async fn meanwhile<A, W>(question: impl Future<Output = A>, work: impl Future<Output = Option<W>>) -> (A, Option<W>) {
+    let mut question = pin!(question);
+    if let Poll::Ready(answer) = poll_fn(|context| Poll::Ready(question.as_mut().poll(context))).await {
+        return (answer, None);
+    }
+    // Now the connection's own task sends it.
+    tokio::task::yield_now().await;
+    let done = work.await;
+    (question.await, done)
+}
+
 /// Whether the kernel is as it was before.
 enum Undone {
     Wholly,
@@ -65,18 +92,20 @@ enum Undone {
 async fn set_up(
     call: &Call,
     sandbox: &Sandbox,
+    pair: Option<Pair>,
     prefix: &str,
     mtu: u32,
     reply: &AddNetworkReply,
 ) -> Result<Vec<Granted>, (Failure, Undone)> {
-    if reply.pod_vlan_id != 0 {
-        let wish = "security groups of its own (a branch ENI)";
-        return Err((Failure::NotOffered { pod: pod::title(call), wish }, Undone::Wholly));
-    }
-    let granted =
-        pod::granted(call, prefix, &reply.ip_allocation_metadata).map_err(|failure| (failure, Undone::Wholly))?;
+    let granted = match granted(call, prefix, reply) {
+        Ok(granted) => granted,
+        Err(failure) => {
+            wiring::remove_pair(pair).await;
+            return Err((failure, Undone::Wholly));
+        }
+    };
     let mut wired = 0;
-    let outcome = match timeout(WIRE, sandbox.wire_all(call, mtu, &granted, &mut wired)).await {
+    let outcome = match timeout(WIRE, sandbox.wire_all(call, mtu, &granted, pair, &mut wired)).await {
         Ok(Ok(())) => enforce(call, &reply.network_policy_mode, granted.len()).await,
         Ok(Err(failure)) => Err(failure),
         Err(_) => {
@@ -90,6 +119,14 @@ async fn set_up(
         return Err((failure, if clean { Undone::Wholly } else { Undone::InPart }));
     }
     Ok(granted)
+}
+
+fn granted(call: &Call, prefix: &str, reply: &AddNetworkReply) -> Result<Vec<Granted>, Failure> {
+    if reply.pod_vlan_id != 0 {
+        let wish = "security groups of its own (a branch ENI)";
+        return Err(Failure::NotOffered { pod: pod::title(call), wish });
+    }
+    pod::granted(call, prefix, &reply.ip_allocation_metadata)
 }
 
 async fn enforce(call: &Call, mode: &str, interfaces: usize) -> Result<(), Failure> {

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use flatwire_kernel::pod::{self as kernel, Expected, PodUnwiring, PodWiring};
+use flatwire_kernel::pod::{self as kernel, Ends, Expected, Pair, PodUnwiring, PodWiring};
 use flatwire_kernel::{KernelError, Netlink, Netns};
 use tokio::time::timeout;
 
@@ -54,10 +54,26 @@ impl Sandbox {
         }
     }
 
-    /// Wires one interface after the other and counts those that are done.
-    pub async fn wire_all(&self, call: &Call, mtu: u32, granted: &[Granted], done: &mut usize) -> Result<(), Failure> {
+    /// The pair of the pod's first interface, while nobody knows its address. What is in the way of it will be in the way of
+    /// `wire_all`, which says so: a pod of this name may have left its link, and that goes only once there is an address.
+    pub async fn make_pair(&self, call: &Call, prefix: &str, mtu: u32) -> Option<Pair> {
+        let (host_if, pod_if) = (pod::Names::of(call).host_if(prefix, 0), pod::pod_if(&call.if_name, 0));
+        let seed = flatwire_core::naming::seed(&call.container_id, &pod_if);
+        let ends = Ends { pod_if: &pod_if, host_if: &host_if, mtu, seed: &seed };
+        timeout(LOOK, Pair::make(&ends, &self.netns)).await.ok()?.ok()
+    }
+
+    /// Wires one interface after the other and counts those that are done. The first has its pair already, if there is one.
+    pub async fn wire_all(
+        &self,
+        call: &Call,
+        mtu: u32,
+        granted: &[Granted],
+        mut pair: Option<Pair>,
+        done: &mut usize,
+    ) -> Result<(), Failure> {
         for one in granted {
-            let wired = kernel::wire_in(&wiring_of(call, one, mtu), &self.netns, &self.net).await;
+            let wired = kernel::wire_in(&wiring_of(call, one, mtu), &self.netns, &self.net, pair.take()).await;
             wired.map_err(|source| Failure::Kernel { verb: "set up", pod: pod::title(call), source })?;
             *done += 1;
         }
@@ -65,11 +81,18 @@ impl Sandbox {
     }
 }
 
+/// Takes away what no address came for. It is down and nothing leads to it, so that what goes wrong here is no news: the DEL
+/// that has to follow a failed ADD takes it too, as the end of the sandbox does.
+pub async fn remove_pair(pair: Option<Pair>) {
+    if let Some(pair) = pair {
+        let _ = timeout(UNDO, pair.remove()).await;
+    }
+}
+
 fn given_netns(call: &Call) -> Result<Netns, Failure> {
     let path = call.netns.clone().unwrap_or_default();
     let wrong = |problem: &str| Failure::environment("CNI_NETNS", format!("is {}, which {problem}", path.display()));
-    let same = |given: &Netns| Ok(given.id()? == Netns::current()?.id()?);
-    match Netns::open(&path).and_then(|given| Ok((same(&given)?, given))) {
+    match Netns::open(&path).and_then(|given| Ok((given.is_own()?, given))) {
         Ok((false, netns)) => Ok(netns),
         Ok((true, _)) => Err(wrong("is the namespace of the runtime itself")),
         Err(KernelError::NetnsMissing { path }) => Err(Failure::SandboxGone { netns: path }),

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use flatwire_proto::{IpAllocationMetadata, Reason};
+use flatwire_tests::eventually;
 use serde_json::json;
 
 use super::driver::{VERSIONS, World};
@@ -283,6 +284,7 @@ fn sec2_add_10_undoes_everything_on_failure() {
     world.ipamd.state().vlan = 7;
     world.call("ADD", "a", &pod).run().error(107);
     assert_eq!(world.ipamd.held("a", "eth0").len(), 0);
+    assert_eq!((world.node.links_in(&pod), world.node.links()), (Vec::new(), Vec::new()));
 }
 
 /// Where a policy agent guards the node, the pod is under its policy before it starts, or does not start.
@@ -366,4 +368,35 @@ fn sec2_add_15_containers_without_a_pod() {
     let links = world.node.links();
     assert_eq!(links.len(), 4, "{links:?}");
     assert!(links.iter().all(|link| link.starts_with("eni") && link.len() == 14), "{links:?}");
+}
+
+/// While the daemon looks for an address, the interface is down, without an address, and no route leads to it. A plugin that
+/// is killed then leaves it so, and DEL takes it.
+#[test]
+fn sec2_add_17_nothing_leads_to_a_pod_without_an_address() {
+    let world = World::new();
+    let pod = world.node.pod("a");
+    let ((asked, question), (answer, answered)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    world.ipamd.state().on_add = Some(Box::new(move || {
+        let _ = asked.send(());
+        let _ = answered.recv();
+    }));
+    let add = world.call("ADD", "a", &pod).start();
+    question.recv().unwrap();
+    eventually("the interface is there", || world.node.links_in(&pod) == ["eth0"]);
+    for link in
+        [&world.node.ip_in(&pod, &["address", "show", "dev", "eth0"])[0], &world.node.ip(&["address", "show"])[1]]
+    {
+        assert_eq!((&link["operstate"], &link["addr_info"]), (&json!("DOWN"), &json!([])), "{link}");
+        assert!(!link["flags"].as_array().unwrap().contains(&json!("UP")), "{link}");
+    }
+    assert_eq!(world.node.ip_in(&pod, &["route", "show", "table", "all"]), json!([]));
+    assert_eq!(world.node.ip(&["route", "show"]), json!([]));
+
+    add.kill();
+    answer.send(()).unwrap();
+    eventually("the daemon has answered", || world.ipamd.held("a", "eth0").len() == 1);
+    world.call("DEL", "a", &pod).run().silent();
+    assert_eq!((world.node.links_in(&pod), world.node.links()), (Vec::new(), Vec::new()));
+    assert_eq!(world.ipamd.held("a", "eth0").len(), 0);
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rscni_types::types::{CNIResultWithVersion, ErrorResult};
@@ -134,19 +134,41 @@ impl Call<'_> {
     }
 
     pub fn run(self) -> Outcome {
+        self.start().wait()
+    }
+
+    pub fn start(self) -> Running {
         let started = Instant::now();
         let mut child = self.command().spawn().expect("nsenter starts");
         let bytes = self.stdin.unwrap_or_else(|| self.conf.to_string().into_bytes());
         // A plugin that has read enough may close its end.
         let _ = child.stdin.take().expect("a pipe").write_all(&bytes);
-        let output = child.wait_with_output().expect("the plugin ends");
+        Running { child, version: self.conf["cniVersion"].as_str().unwrap_or_default().to_owned(), started }
+    }
+}
+
+/// One execution of the plugin, under way.
+pub struct Running {
+    child: Child,
+    version: String,
+    started: Instant,
+}
+
+impl Running {
+    pub fn wait(self) -> Outcome {
+        let output = self.child.wait_with_output().expect("the plugin ends");
         Outcome {
             code: output.status.code(),
             stdout: String::from_utf8(output.stdout).expect("text"),
             stderr: String::from_utf8(output.stderr).expect("text"),
-            version: self.conf["cniVersion"].as_str().unwrap_or_default().to_owned(),
-            took: started.elapsed(),
+            version: self.version,
+            took: self.started.elapsed(),
         }
+    }
+
+    pub fn kill(mut self) {
+        self.child.kill().expect("it runs");
+        self.child.wait().expect("it has ended");
     }
 }
 

@@ -8,7 +8,8 @@ use flatwire_core::ids::MacAddress;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo,
+    LinkMessage,
 };
 use nix::errno::Errno;
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth};
@@ -40,6 +41,16 @@ pub struct Link {
     pub peer: Option<u32>,
     /// The kernel's number, in this namespace, for the namespace of the other end; `None` where it is this one.
     pub peer_netns: Option<i32>,
+    /// `None` where IPv6 is off.
+    pub ipv6: Option<Ipv6Settings>,
+}
+
+/// What `net/ipv6/conf/LINK/` says, as far as it matters here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ipv6Settings {
+    pub accept_ra: i32,
+    pub accept_redirects: i32,
+    pub forwarding: i32,
 }
 
 impl Link {
@@ -58,6 +69,7 @@ impl Link {
             group: 0,
             peer: None,
             peer_netns: None,
+            ipv6: None,
         };
         for attribute in &message.attributes {
             match attribute {
@@ -69,6 +81,7 @@ impl Link {
                 LinkAttribute::Group(group) => link.group = *group,
                 LinkAttribute::Link(peer) => link.peer = Some(*peer),
                 LinkAttribute::LinkNetNsId(id) => link.peer_netns = Some(*id),
+                LinkAttribute::AfSpecUnspec(families) => link.ipv6 = families.iter().find_map(ipv6_settings),
                 LinkAttribute::LinkInfo(infos) => {
                     for info in infos {
                         if let LinkInfo::Kind(kind) = info {
@@ -81,6 +94,18 @@ impl Link {
         }
         link
     }
+}
+
+fn ipv6_settings(family: &AfSpecUnspec) -> Option<Ipv6Settings> {
+    let AfSpecUnspec::Inet6(attributes) = family else { return None };
+    attributes.iter().find_map(|attribute| match attribute {
+        AfSpecInet6::DevConf(conf) => Some(Ipv6Settings {
+            accept_ra: conf.accept_ra,
+            accept_redirects: conf.accept_redirects,
+            forwarding: conf.forwarding,
+        }),
+        _ => None,
+    })
 }
 
 /// One end of a veth pair to be made.

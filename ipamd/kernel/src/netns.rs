@@ -83,6 +83,12 @@ impl Netns {
         Ok(setns(&self.file, CloneFlags::CLONE_NEWNET)?)
     }
 
+    /// Whether it is that of the calling thread.
+    pub fn is_own(&self) -> Result<bool, KernelError> {
+        let failed = |source| KernelError::Netns { operation: "inspect", path: self.path.clone(), source };
+        self.is_here().map_err(failed)
+    }
+
     /// Whether the calling thread is in it. Entering needs CAP_SYS_ADMIN even of somebody who is inside already, and the
     /// daemon, which never leaves its namespace, is to run without.
     fn is_here(&self) -> io::Result<bool> {

@@ -1,7 +1,8 @@
 //! One pod's wiring: made whole or not at all, and taken down whatever is left of it.
 //!
 //! Making it costs one message for the veth pair, whose pod end is born inside the pod's namespace, one datagram for the
-//! pod side and one for the host side. Nothing is listed and nothing is executed.
+//! pod side and one for the host side. Nothing is listed and nothing is executed. The pair alone can be made before the
+//! address is known (`Pair`): it is down, and nothing leads to it.
 //!
 //! ```text
 //! pod:  eth0 up, <pod>/32; 169.254.1.1/32 scope link; default via 169.254.1.1; neighbour 169.254.1.1 -> host end
@@ -31,7 +32,9 @@ pub use flatwire_core::naming::host_if_name;
 
 use crate::address::{add_address, add_neighbour};
 use crate::error::KernelError;
-use crate::link::{Link, POD_GROUP, VethEnd, check_name, delete_link, first_link, get_link, new_veth, set_up};
+use crate::link::{
+    Ipv6Settings, Link, POD_GROUP, VethEnd, check_name, delete_link, first_link, get_link, new_veth, set_up,
+};
 use crate::netlink::{Netlink, RouteRequest};
 use crate::netns::{Netns, in_netns};
 use crate::route::{Route, add_route, delete_route, first_route, match_route, replace_route};
@@ -61,6 +64,21 @@ pub struct PodWiring {
     pub seed: String,
 }
 
+/// What is known of one interface of a pod before its address is.
+#[derive(Debug, Clone, Copy)]
+pub struct Ends<'w> {
+    pub pod_if: &'w str,
+    pub host_if: &'w str,
+    pub mtu: u32,
+    pub seed: &'w str,
+}
+
+/// Both ends of a pod's interface as they are born: down, without an address, and no route leads there.
+pub struct Pair {
+    host: Netlink,
+    link: Link,
+}
+
 /// The MACs of a wired pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wired {
@@ -80,7 +98,11 @@ pub struct PodUnwiring {
 impl PodWiring {
     /// The MACs that `wire` gives.
     pub fn macs(&self) -> Wired {
-        Wired { host_mac: mac(&self.seed, "host"), pod_mac: mac(&self.seed, "pod") }
+        self.ends().macs()
+    }
+
+    pub fn ends(&self) -> Ends<'_> {
+        Ends { pod_if: &self.pod_if, host_if: &self.host_if, mtu: self.mtu, seed: &self.seed }
     }
 
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
@@ -106,8 +128,6 @@ impl PodWiring {
     }
 
     fn check(&self) -> Result<(), KernelError> {
-        check_name(&self.pod_if)?;
-        check_name(&self.host_if)?;
         let bad = |what, why| Err(KernelError::BadInput { what, why });
         for address in self.addresses() {
             if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast(address) {
@@ -132,6 +152,12 @@ pub fn gateway(address: IpAddr, index: u8) -> IpAddr {
     }
 }
 
+impl Ends<'_> {
+    fn macs(&self) -> Wired {
+        Wired { host_mac: mac(self.seed, "host"), pod_mac: mac(self.seed, "pod") }
+    }
+}
+
 fn is_broadcast(address: IpAddr) -> bool {
     matches!(address, IpAddr::V4(v4) if v4.is_broadcast())
 }
@@ -140,49 +166,96 @@ fn is_broadcast(address: IpAddr) -> bool {
 /// time enabled.
 pub async fn wire(wiring: &PodWiring) -> Result<Wired, KernelError> {
     let netns = Netns::open(&wiring.netns)?;
-    if netns.id()? == Netns::current()?.id()? {
+    if netns.is_own()? {
         return Err(KernelError::BadInput {
             what: format!("network namespace {}", wiring.netns.display()),
             why: "it is the node's own",
         });
     }
     let pod = Netlink::in_namespace(&netns)?;
-    wire_in(wiring, &netns, &pod).await
+    wire_in(wiring, &netns, &pod, None).await
 }
 
-/// As `wire`, for a caller who has the pod's namespace open, knows it not to be the node's own, and has a connection to it.
-pub async fn wire_in(wiring: &PodWiring, netns: &Netns, pod: &Netlink) -> Result<Wired, KernelError> {
-    wiring.check()?;
-    let host = Netlink::open()?;
-    let link = create(&host, pod, wiring, netns).await?;
-    match configure(&host, pod, wiring, netns, &link).await {
+/// As `wire`, for a caller who has the pod's namespace open, knows it not to be the node's own, and has a connection to it;
+/// and perhaps the pair already, made of the same `ends`.
+pub async fn wire_in(
+    wiring: &PodWiring,
+    netns: &Netns,
+    pod: &Netlink,
+    pair: Option<Pair>,
+) -> Result<Wired, KernelError> {
+    let pair = match (wiring.check(), pair) {
+        (Ok(()), Some(pair)) => Ok(pair),
+        (Ok(()), None) => Pair::make_with_room(pod, wiring, netns).await,
+        (Err(error), pair) => Err(remove_after(error, pair).await),
+    }?;
+    match configure(&pair, pod, wiring, netns).await {
         Ok(()) => Ok(wiring.macs()),
-        Err(e) => {
-            // With its link go the pod's end, its addresses and every route. The first error is the one to tell.
-            let _ = host.one(delete_link(link.index, &link.name)).await;
-            Err(e)
+        Err(error) => Err(remove_after(error, Some(pair)).await),
+    }
+}
+
+/// The first error is the one to tell.
+async fn remove_after(error: KernelError, pair: Option<Pair>) -> KernelError {
+    if let Some(pair) = pair {
+        let _ = pair.remove().await;
+    }
+    error
+}
+
+impl Pair {
+    /// Nothing is removed to make room for it: a name that is taken is an error.
+    pub async fn make(ends: &Ends<'_>, netns: &Netns) -> Result<Self, KernelError> {
+        check_name(ends.pod_if)?;
+        check_name(ends.host_if)?;
+        let host = Netlink::open()?;
+        let link = create(&host, ends, netns).await?;
+        let pair = Self { host, link };
+        match refuse_advertisements(&pair.link) {
+            Ok(()) => Ok(pair),
+            Err(error) => Err(remove_after(error, Some(pair)).await),
         }
+    }
+
+    async fn make_with_room(pod: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<Self, KernelError> {
+        match Self::make(&wiring.ends(), netns).await {
+            Err(e) if e.errno() == Some(Errno::EEXIST) => {
+                make_room(&Netlink::open()?, pod, wiring).await?;
+                Self::make(&wiring.ends(), netns).await
+            }
+            made => made,
+        }
+    }
+
+    /// With a link go its other end, its addresses and every route.
+    pub async fn remove(self) -> Result<(), KernelError> {
+        self.host.one(delete_link(self.link.index, &self.link.name)).await.map(drop)
     }
 }
 
 /// Makes the pair and returns its host end.
-async fn create(host: &Netlink, pod: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<Link, KernelError> {
-    match try_create(host, wiring, netns).await {
-        Err(e) if e.errno() == Some(Errno::EEXIST) => {
-            make_room(host, pod, wiring).await?;
-            try_create(host, wiring, netns).await
-        }
-        made => made,
-    }
+async fn create(host: &Netlink, ends: &Ends<'_>, netns: &Netns) -> Result<Link, KernelError> {
+    let macs = ends.macs();
+    let host_end = VethEnd::new(ends.host_if).mac(macs.host_mac).mtu(ends.mtu).group(POD_GROUP);
+    let pod_end = VethEnd::new(ends.pod_if).mac(macs.pod_mac).mtu(ends.mtu).in_netns(netns);
+    let answers = host.all(vec![new_veth(&host_end, &pod_end), get_link(ends.host_if)]).await?;
+    let link = answers.last().and_then(|messages| first_link(messages));
+    link.ok_or_else(|| KernelError::NoSuchLink { name: ends.host_if.to_owned() })
 }
 
-async fn try_create(host: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<Link, KernelError> {
-    let macs = wiring.macs();
-    let host_end = VethEnd::new(&wiring.host_if).mac(macs.host_mac).mtu(wiring.mtu).group(POD_GROUP);
-    let pod_end = VethEnd::new(&wiring.pod_if).mac(macs.pod_mac).mtu(wiring.mtu).in_netns(netns);
-    let answers = host.all(vec![new_veth(&host_end, &pod_end), get_link(&wiring.host_if)]).await?;
-    let link = answers.last().and_then(|messages| first_link(messages));
-    link.ok_or_else(|| KernelError::NoSuchLink { name: wiring.host_if.clone() })
+/// Before the link is up, or the kernel would already have listened to a pod's router advertisements. The link says itself
+/// what it was born with, and mostly that is right: files are opened for what is not.
+fn refuse_advertisements(link: &Link) -> Result<(), KernelError> {
+    let born = |setting: fn(&Ipv6Settings) -> i32| link.ipv6.as_ref().map(setting);
+    let wanted = [
+        ("accept_ra", born(|ipv6| ipv6.accept_ra), 0),
+        ("accept_redirects", born(|ipv6| ipv6.accept_redirects), 1),
+        ("forwarding", born(|ipv6| ipv6.forwarding), 0),
+    ];
+    for (name, _, value) in wanted.iter().filter(|(_, born, value)| *born != Some(*value)) {
+        sysctl::set(&format!("net/ipv6/conf/{}/{name}", link.name), &value.to_string())?;
+    }
+    Ok(())
 }
 
 /// One of the two names is taken. A veth of our host name that leads into another namespace is left from an earlier
@@ -203,18 +276,9 @@ async fn make_room(host: &Netlink, pod: &Netlink, wiring: &PodWiring) -> Result<
     Err(KernelError::HostInterfaceTaken { name: wiring.host_if.clone(), kind })
 }
 
-async fn configure(
-    host: &Netlink,
-    pod: &Netlink,
-    wiring: &PodWiring,
-    netns: &Netns,
-    link: &Link,
-) -> Result<(), KernelError> {
+async fn configure(pair: &Pair, pod: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<(), KernelError> {
+    let Pair { host, link } = pair;
     let pod_link = link.peer.ok_or_else(|| KernelError::NoSuchLink { name: wiring.pod_if.clone() })?;
-    // Before the link is up, or the kernel would already have listened to a pod's router advertisements.
-    for (name, value) in [("accept_ra", "0"), ("accept_redirects", "1"), ("forwarding", "0")] {
-        sysctl::set(&format!("net/ipv6/conf/{}/{name}", wiring.host_if), value)?;
-    }
     if wiring.addresses().any(|address| address.is_ipv6()) {
         enable_ipv6(netns, &wiring.pod_if)?;
     }
@@ -247,7 +311,7 @@ async fn exchange(
 
 /// The netlink messages of `wire` and nothing else, over connections that stand: the floor that wiring is measured against.
 pub async fn wire_bare(host: &Netlink, pod: &Netlink, wiring: &PodWiring, netns: &Netns) -> Result<(), KernelError> {
-    let link = try_create(host, wiring, netns).await?;
+    let link = create(host, &wiring.ends(), netns).await?;
     let pod_link = link.peer.ok_or_else(|| KernelError::NoSuchLink { name: wiring.pod_if.clone() })?;
     exchange(host, pod, wiring, link.index, pod_link).await
 }

@@ -59,12 +59,12 @@ impl Watch {
     pub async fn changed(&mut self) -> Result<(), KernelError> {
         loop {
             self.readable().await?;
+            // Most likely a pod that comes or goes, of which the kernel tells in several messages. Nothing is read before all
+            // of them are there, and until then the plugin has the processor.
+            tokio::time::sleep(QUIET).await;
             if self.drain()? {
                 break;
             }
-            // A pod that comes or goes: the kernel tells of it in several messages, and one look at all of them takes less
-            // of the processor that the plugin needs.
-            tokio::time::sleep(QUIET).await;
         }
         let end = tokio::time::Instant::now() + AT_MOST;
         // A timeout is the quiet that was waited for.
