@@ -1,14 +1,16 @@
 //! The loop that owns the pool: events in, wishes carried out.
 //!
 //! One thread, no lock. It takes what has arrived, lets the pool step through it, makes the records of the whole batch
-//! durable in one flush, and only then replies and starts calls. Calls to EC2 and the kernel run on the async runtime and come
-//! back as events; nothing they do can hold up an ADD that the pool can answer.
+//! durable in one flush, and only then replies and starts calls. Calls to EC2 and the kernel run on the daemon's async runtime
+//! and come back as events; nothing they do can hold up an ADD that the pool can answer.
+//!
+//! The plugins' socket is served on the same thread (`Handle::serving`): an ADD waits for the pool anyway, and handing it to
+//! another thread and back costs more than all else ipamd does for it, the more where the plugin fills one of two processors.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use flatwire_core::error::chain;
@@ -20,6 +22,7 @@ use flatwire_core::pool::{
 use flatwire_core::ports::{Cloud, CloudError, CloudErrorKind, CloudRequest, Kernel};
 use flatwire_store::journal::Journal;
 use flatwire_store::{checkpoint, releases};
+use tokio::sync::mpsc::{UnboundedReceiver as Receiver, UnboundedSender as Sender, unbounded_channel};
 use tokio::sync::oneshot;
 
 use crate::metrics::Metrics;
@@ -62,6 +65,7 @@ pub struct Handle {
     inputs: Sender<Input>,
     next_request: Arc<AtomicU64>,
     under_way: Arc<AtomicUsize>,
+    serving: tokio::runtime::Handle,
 }
 
 /// The loop is gone, or has too much to do.
@@ -74,6 +78,11 @@ pub enum Unavailable {
 }
 
 impl Handle {
+    /// The runtime of the loop's own thread, for who asks the pool on behalf of a plugin.
+    pub fn serving(&self) -> &tokio::runtime::Handle {
+        &self.serving
+    }
+
     /// Asks the pool; when the caller gives up, so does the pool.
     pub async fn ask(&self, event: impl FnOnce(RequestId) -> Event + Send + 'static) -> Result<Answer, Unavailable> {
         if self.under_way.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
@@ -182,18 +191,20 @@ struct Loop<C, K, P> {
 }
 
 impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
-    /// Starts the loop on a thread of its own.
+    /// Starts the loop on a thread of its own, which ends when nobody holds its handle any more.
     pub fn start(self) -> std::io::Result<Handle> {
-        let (sender, inputs) = channel();
+        let serving = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (sender, inputs) = unbounded_channel();
         let next_request = Arc::new(AtomicU64::new(1));
         let handle = Handle {
             inputs: sender.clone(),
             next_request: next_request.clone(),
             under_way: Arc::new(AtomicUsize::new(0)),
+            serving: serving.handle().clone(),
         };
         // A clock set back between two lives must not make the past lie ahead.
         let newest = newest_stamp(self.pool.ledger());
-        let mut the_loop = Loop {
+        let the_loop = Loop {
             driver: self,
             inputs,
             sender,
@@ -211,7 +222,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             stopping: None,
         };
         the_loop.driver.runtime.spawn(watch_kernel(the_loop.driver.kernel.clone(), the_loop.sender.clone()));
-        std::thread::Builder::new().name("pool".to_owned()).spawn(move || the_loop.run())?;
+        std::thread::Builder::new().name("pool".to_owned()).spawn(move || serving.block_on(the_loop.run()))?;
         Ok(handle)
     }
 }
@@ -234,7 +245,7 @@ async fn watch_kernel<K: Kernel>(kernel: Arc<K>, sender: Sender<Input>) {
 }
 
 impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
-    fn run(&mut self) {
+    async fn run(mut self) {
         // Before the first step: an operator's brake holds from the start, and pods that are here are known.
         let mut events = self.look_at_node_state(node_state::cautious());
         let imported = std::mem::take(&mut self.driver.imported);
@@ -247,26 +258,32 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         self.checkpoint_due = Some(self.now());
         loop {
             self.handle(events);
+            // What was answered goes out before anything else is written.
+            tokio::task::yield_now().await;
             self.housekeeping();
             if let Some(done) = self.stopping.take() {
                 let _ = done.send(());
-                return;
+                break;
             }
-            events = self.next_events();
+            events = self.next_events().await;
         }
+        // The last answers are still on their way, from this thread. Who asks now hears that it is too late.
+        let Self { sender, mut inputs, driver, .. } = self;
+        drop((sender, driver));
+        while inputs.recv().await.is_some() {}
     }
 
     /// Waits for the next inputs, or for the next deadline.
-    fn next_events(&mut self) -> Vec<Event> {
+    async fn next_events(&mut self) -> Vec<Event> {
         let now = self.now();
         let pool = self.driver.pool.poll_deadline().map(|(at, _)| at);
         let due = [pool, self.checkpoint_due, Some(self.look_due)].into_iter().flatten().min().unwrap_or(now);
         let wait = Duration::from_millis(due.since_ms(now)).min(LOOK_EVERY) / self.driver.probe.hurry();
         let mut events = Vec::new();
-        match self.inputs.recv_timeout(wait) {
-            Ok(input) => self.take(input, &mut events),
-            Err(RecvTimeoutError::Timeout) => events.push(Event::Tick),
-            Err(RecvTimeoutError::Disconnected) => unreachable!("invariant: the loop holds a sender itself"),
+        match tokio::time::timeout(wait, self.inputs.recv()).await {
+            Ok(Some(input)) => self.take(input, &mut events),
+            Ok(None) => unreachable!("invariant: the loop holds a sender itself"),
+            Err(_) => events.push(Event::Tick),
         }
         for _ in 0..MAX_BATCH {
             match self.inputs.try_recv() {

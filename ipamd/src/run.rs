@@ -94,7 +94,10 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
         http::start("introspection", address, http::introspection_pages(pages)).await;
     }
     // The socket last: whoever finds it finds everything else in place.
-    let listener = grpc::listen(&config.socket)?;
+    let listener = {
+        let _served_there = pool.serving().enter();
+        grpc::listen(&config.socket)?
+    };
     if let Some(dir) = config.plugin.conf_dir.clone() {
         let (conflist, missing) = install::conflist(&config.plugin);
         for plugin in missing {
@@ -104,7 +107,7 @@ async fn serve(config: Config, probe: impl Probe) -> anyhow::Result<()> {
     }
     let service = Service { pool: pool.clone(), metrics, network_policy_mode: config.network_policy_mode, teller };
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = tokio::spawn(grpc::serve(listener, service, async {
+    let server = pool.serving().spawn(grpc::serve(listener, service, async {
         let _ = stopped.await;
     }));
     let why = stop_signal().await?;
