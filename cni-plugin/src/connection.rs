@@ -39,8 +39,9 @@ impl Service<Request<Body>> for Connection {
     type Error = StdError;
     type Future = BoxFuture<Self::Response, StdError>;
 
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), StdError>> {
-        self.0.poll_ready(context).map_err(Into::into)
+    /// A connection that has ended says so when it is used, with its cause.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), StdError>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {

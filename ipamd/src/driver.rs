@@ -45,13 +45,15 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 const WATCH_AGAIN: Duration = Duration::from_secs(10);
 
 type Look = Box<dyn FnOnce(&Pool, Time) + Send>;
+/// Takes the answer to who asked. It may be gone.
+type Reply = Box<dyn FnOnce(Answer, &Pool) + Send>;
 
 enum Input {
     Event(Event),
     Request {
         event: Box<dyn FnOnce(RequestId) -> Event + Send>,
         id: RequestId,
-        reply: oneshot::Sender<Answer>,
+        reply: Reply,
     },
     Look(Look),
     /// What the API server says of this node now.
@@ -66,6 +68,7 @@ pub struct Handle {
     next_request: Arc<AtomicU64>,
     under_way: Arc<AtomicUsize>,
     serving: tokio::runtime::Handle,
+    _holds: Sender<()>,
 }
 
 /// The loop is gone, or has too much to do.
@@ -85,6 +88,15 @@ impl Handle {
 
     /// Asks the pool; when the caller gives up, so does the pool.
     pub async fn ask(&self, event: impl FnOnce(RequestId) -> Event + Send + 'static) -> Result<Answer, Unavailable> {
+        self.ask_and(event, |answer, _| answer).await
+    }
+
+    /// As `ask`, with a look at the pool as it is when it answers.
+    pub async fn ask_and<T: Send + 'static>(
+        &self,
+        event: impl FnOnce(RequestId) -> Event + Send + 'static,
+        look: impl FnOnce(Answer, &Pool) -> T + Send + 'static,
+    ) -> Result<T, Unavailable> {
         if self.under_way.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
             self.under_way.fetch_sub(1, Ordering::Relaxed);
             return Err(Unavailable::Busy);
@@ -92,6 +104,7 @@ impl Handle {
         let id = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
         let (reply, answer) = oneshot::channel();
         let mut guard = Abandon { handle: self, id, answered: false };
+        let reply: Reply = Box::new(|answer, pool| drop(reply.send(look(answer, pool))));
         let request = Input::Request { event: Box::new(event), id, reply };
         self.inputs.send(request).map_err(|_| Unavailable::Stopping)?;
         let answer = answer.await.map_err(|_| Unavailable::Stopping);
@@ -164,7 +177,7 @@ pub struct Driver<C, K, P> {
 
 /// Who waits for an answer.
 enum ReplyTo {
-    Caller(oneshot::Sender<Answer>),
+    Caller(Reply),
     /// A release from the queue on disk, done when answered.
     Queue(PathBuf),
 }
@@ -188,19 +201,27 @@ struct Loop<C, K, P> {
     /// What holds of the two.
     node_state: NodeState,
     stopping: Option<oneshot::Sender<()>>,
+    /// Answers of this round.
+    answered: usize,
+    /// Until nobody holds a handle any more.
+    held: Held,
 }
 
+type Held = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
 impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
-    /// Starts the loop on a thread of its own, which ends when nobody holds its handle any more.
+    /// Starts the loop on a thread of its own, which ends when it was stopped and nobody holds its handle any more.
     pub fn start(self) -> std::io::Result<Handle> {
         let serving = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (sender, inputs) = unbounded_channel();
+        let (holds, mut holders) = unbounded_channel::<()>();
         let next_request = Arc::new(AtomicU64::new(1));
         let handle = Handle {
             inputs: sender.clone(),
             next_request: next_request.clone(),
             under_way: Arc::new(AtomicUsize::new(0)),
             serving: serving.handle().clone(),
+            _holds: holds,
         };
         // A clock set back between two lives must not make the past lie ahead.
         let newest = newest_stamp(self.pool.ledger());
@@ -220,6 +241,8 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             by_api_server: Said::default(),
             node_state: NodeState::default(),
             stopping: None,
+            answered: 0,
+            held: Box::pin(async move { while holders.recv().await.is_some() {} }),
         };
         the_loop.driver.runtime.spawn(watch_kernel(the_loop.driver.kernel.clone(), the_loop.sender.clone()));
         std::thread::Builder::new().name("pool".to_owned()).spawn(move || serving.block_on(the_loop.run()))?;
@@ -258,8 +281,11 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
         self.checkpoint_due = Some(self.now());
         loop {
             self.handle(events);
-            // What was answered goes out before anything else is written.
+            // What was answered goes out, before anything else is written.
             tokio::task::yield_now().await;
+            for _ in 0..std::mem::take(&mut self.answered) {
+                self.driver.probe.reached(Point::after(Effect::Reply));
+            }
             self.housekeeping();
             if let Some(done) = self.stopping.take() {
                 let _ = done.send(());
@@ -267,10 +293,10 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
             }
             events = self.next_events().await;
         }
-        // The last answers are still on their way, from this thread. Who asks now hears that it is too late.
-        let Self { sender, mut inputs, driver, .. } = self;
-        drop((sender, driver));
-        while inputs.recv().await.is_some() {}
+        // Who asks from now on hears that it is too late. The last answers are still on their way, from this thread.
+        let held = self.held;
+        drop((self.inputs, self.replies, self.sender, self.driver));
+        held.await;
     }
 
     /// Waits for the next inputs, or for the next deadline.
@@ -439,8 +465,11 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
 
     fn reply(&mut self, request: RequestId, answer: Answer) {
         match self.replies.remove(&request) {
+            // It leaves when this thread gets to it: `run` says when that was.
             Some(ReplyTo::Caller(reply)) => {
-                self.effect(Effect::Reply, |_| drop(reply.send(answer)));
+                self.driver.probe.reached(Point::before(Effect::Reply));
+                reply(answer, &self.driver.pool);
+                self.answered += 1;
             }
             Some(ReplyTo::Queue(path)) => match answer {
                 Answer::Failed(failure) => {

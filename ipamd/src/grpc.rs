@@ -10,7 +10,7 @@ use std::time::Instant;
 use flatwire_core::ids::{PodName, SandboxId};
 use flatwire_core::ledger::Allocation;
 use flatwire_core::netplan::Snat;
-use flatwire_core::pool::{self, Answer, Event};
+use flatwire_core::pool::{self, Answer, Event, Pool};
 use flatwire_kube::{AddFailed, Teller};
 use flatwire_proto::cni_backend_server::{CniBackend, CniBackendServer};
 use flatwire_proto::config_server_backend_server::{ConfigServerBackend, ConfigServerBackendServer};
@@ -258,10 +258,11 @@ impl Service {
             ms => Some(u64::from(ms)),
         };
         let (asked, name) = (sandbox.clone(), pod.clone());
-        let answer = self.pool.ask(move |request| Event::Add { request, sandbox, pod, patience_ms }).await;
-        let allocation = match answer {
-            Ok(Answer::Added(allocation)) => allocation,
-            Ok(other) => {
+        let add = move |request| Event::Add { request, sandbox, pod, patience_ms };
+        let answer = self.pool.ask_and(add, |answer, pool| (answer, AboutNode::of(pool))).await;
+        let (allocation, AboutNode { external_snat, vpc_cidrs }) = match answer {
+            Ok((Answer::Added(allocation), node)) => (allocation, node),
+            Ok((other, _)) => {
                 let failure = failure_of(other);
                 self.metrics.no_address.inc();
                 let reason = name_of(failure.reason());
@@ -275,22 +276,30 @@ impl Service {
             }
         };
         tracing::info!(sandbox = %asked, pod = %name, address = %allocation.address, eni = %allocation.eni, "assigned");
-        let about_node = self.pool.look(|pool, _| {
-            let cidrs = pool.ledger().node.as_ref().map(|node| node.vpc_cidrs.clone());
-            (pool.settings().snat == Snat::External, cidrs.unwrap_or_default())
-        });
-        let (external, cidrs) = about_node.await.unwrap_or_default();
-        let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = cidrs.into_iter().partition(|cidr| cidr.addr().is_ipv4());
+        let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = vpc_cidrs.into_iter().partition(|cidr| cidr.addr().is_ipv4());
         let texts = |cidrs: &[IpNet]| cidrs.iter().map(ToString::to_string).collect();
         AddNetworkReply {
             success: true,
             ip_allocation_metadata: vec![metadata(&allocation)],
-            use_external_snat: external,
+            use_external_snat: external_snat,
             vpc_v4_cidrs: texts(&v4),
             vpc_v6_cidrs: texts(&v6),
             network_policy_mode: self.network_policy_mode.clone(),
             ..Default::default()
         }
+    }
+}
+
+/// What an answer to ADD says of the node; the add-on's plugin reads it.
+struct AboutNode {
+    external_snat: bool,
+    vpc_cidrs: Vec<IpNet>,
+}
+
+impl AboutNode {
+    fn of(pool: &Pool) -> Self {
+        let vpc_cidrs = pool.ledger().node.as_ref().map(|node| node.vpc_cidrs.clone()).unwrap_or_default();
+        Self { external_snat: pool.settings().snat == Snat::External, vpc_cidrs }
     }
 }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::contest::Contest;
 use crate::ids::{EniId, SandboxId, Time};
 use crate::ledger::{Allocation, LedgerState, Progress};
-use crate::naming::host_if_of;
+use crate::naming::{host_if_of, host_mac_of};
 use crate::ports::{EniStatus, EniView, KernelReport, PodsSeen};
 
 /// A comparison, with the age of what was compared.
@@ -233,7 +233,7 @@ fn kernel_against_ledger(views: &Views<'_>, findings: &mut Vec<Finding>) {
             continue;
         }
         let link = host_if_of(veth_prefix, &allocation.sandbox, &allocation.pod);
-        let (text, repair, automatic) = match kernel.links.contains(&link) {
+        let (text, repair, automatic) = match kernel.has_link(&link, host_mac_of(&allocation.sandbox)) {
             true => (
                 format!("pod {} has its link {link} and no route on the node", allocation.pod),
                 "put back once the link is up; if it stays so, restart the pod".to_owned(),

@@ -37,6 +37,11 @@ pub fn seed(container_id: &str, pod_if: &str) -> String {
     format!("{container_id}/{pod_if}")
 }
 
+/// The MAC of a sandbox's host link, where our plugin made it.
+pub fn host_mac_of(sandbox: &SandboxId) -> MacAddress {
+    mac(&seed(&sandbox.container_id, &sandbox.if_name), "host")
+}
+
 /// A locally administered unicast MAC for one end of a sandbox's veth.
 pub fn mac(seed: &str, end: &str) -> MacAddress {
     let mut hash = Sha1::new();

@@ -177,8 +177,8 @@ pub struct Look {
 
 /// A pod as far as its host route is concerned.
 ///
-/// The ledger alone must not make a route: on ADD it is ahead of the kernel (the pod has no link yet, or one of the same
-/// name is its predecessor's), on DEL it is behind (route and link are gone, the release is on its way). So a route is put
+/// The ledger alone must not make a route: on ADD it is ahead of the kernel (the pod's link is not up yet, or one of the
+/// same name is its predecessor's), on DEL it is behind (route and link are gone, the release is on its way). So a route is put
 /// back only by a link that is there, up, leads into another namespace, and is this very sandbox's, which its MAC proves.
 /// The route then cannot outlive the sandbox either: it goes with the link, whoever takes that away, and whenever.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -350,8 +350,19 @@ pub struct PodsSeen {
     /// Addresses with a /32 route to a veth in the main table. The kernel's veto: an address in this set is in use,
     /// whatever anybody else says.
     pub routes: BTreeSet<IpAddr>,
-    /// Names of all veths. A pod's dies with its network namespace.
+    /// Names of the veths that are up. A pod's dies with its network namespace.
     pub links: BTreeSet<String>,
+    /// The others, with their MACs: somebody took them down, or they wait for an address and are not their pod's yet.
+    #[serde(default)]
+    pub down: BTreeMap<String, MacAddress>,
+}
+
+impl PodsSeen {
+    /// Whether a link of this name can be that of the sandbox whose MAC this is. One that is down tells by its MAC whose it
+    /// is: a pod's next sandbox waits for its address under the same name.
+    pub fn has_link(&self, name: &str, mac: MacAddress) -> bool {
+        self.links.contains(name) || self.down.get(name) == Some(&mac)
+    }
 }
 
 /// What `Kernel::apply` found and did.

@@ -55,7 +55,7 @@ impl Kernel for NodeKernel {
     async fn pods(&self) -> Result<PodsSeen, KernelError> {
         let links = self.nl.links().await?;
         let veths: BTreeSet<u32> = links.iter().filter(|link| link.is_veth()).map(|link| link.index).collect();
-        let names = links.into_iter().filter(|link| link.is_veth()).map(|link| link.name).collect();
+        let (up, down): (Vec<Link>, Vec<Link>) = links.into_iter().filter(Link::is_veth).partition(|link| link.up);
         let mut routes = self.nl.routes().await?;
         routes.extend(self.nl.routes_of(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).await?);
         let routes = routes
@@ -63,7 +63,11 @@ impl Kernel for NodeKernel {
             .filter(|route| is_host_route(route) && route.link.is_some_and(|link| veths.contains(&link)))
             .map(|route| route.destination.addr())
             .collect();
-        Ok(PodsSeen { routes, links: names })
+        Ok(PodsSeen {
+            routes,
+            links: up.into_iter().map(|link| link.name).collect(),
+            down: down.into_iter().filter_map(|link| Some((link.name, link.mac?))).collect(),
+        })
     }
 }
 

@@ -66,7 +66,11 @@ impl Kernel {
     }
 
     pub fn pods(&self) -> PodsSeen {
-        PodsSeen { routes: self.routes.keys().copied().collect(), links: self.links.keys().cloned().collect() }
+        PodsSeen {
+            routes: self.routes.keys().copied().collect(),
+            links: self.links.keys().cloned().collect(),
+            ..PodsSeen::default()
+        }
     }
 
     /// Packets of this address leave by this secondary ENI.

@@ -12,7 +12,7 @@ use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, LOOK_SPACING_MS, Note, Op,
 use crate::families::EGRESS;
 use crate::ids::{DeviceIndex, MacAddress, Time};
 use crate::ledger::{Allocation, Progress};
-use crate::naming::{host_if_of, mac, seed};
+use crate::naming::{host_if_of, host_mac_of};
 use crate::netplan::{EniPlan, Look, NodePlan, PodPlan, PrimaryPlan};
 use crate::pick;
 use crate::ports::{CloudError, CloudErrorKind, KernelReport, PodsSeen};
@@ -87,7 +87,7 @@ impl Pool {
         for Allocation { sandbox, pod, .. } in pods.values() {
             if !self.kernel.links.contains_key(sandbox) {
                 let link = host_if_of(&self.settings.veth_prefix, sandbox, pod);
-                let mac = mac(&seed(&sandbox.container_id, &sandbox.if_name), "host");
+                let mac = host_mac_of(sandbox);
                 self.kernel.links.insert(sandbox.clone(), (link, mac));
             }
         }

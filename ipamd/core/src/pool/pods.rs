@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{ImportedPod, Note, Out, Pool};
 use crate::ids::{SandboxId, Time};
 use crate::ledger::{Allocation, Record};
-use crate::naming::host_if_name;
+use crate::naming::{host_if_name, host_mac_of};
 use crate::ports::EniView;
 
 /// A sandbox younger than this may still be being wired.
@@ -54,7 +54,8 @@ impl Pool {
         }
         let prefix = &self.settings.veth_prefix;
         let pod = &allocation.pod;
-        (0..INTERFACES).any(|i| self.kernel.pods.links.contains(&host_if_name(prefix, &pod.namespace, &pod.name, i)))
+        let mac = host_mac_of(&allocation.sandbox);
+        (0..INTERFACES).any(|i| self.kernel.pods.has_link(&host_if_name(prefix, &pod.namespace, &pod.name, i), mac))
     }
 
     /// Takes over the pods of another IPAM. One whose address is on no ENI is kept all the same, as an orphan: what the

@@ -32,6 +32,8 @@ struct World {
     pod_routes: BTreeSet<IpAddr>,
     /// Sandboxes whose namespace is gone.
     unplugged: BTreeSet<SandboxId>,
+    /// Links of pods that are down.
+    down: BTreeMap<String, MacAddress>,
     subnets: Vec<SubnetView>,
     calls: Vec<String>,
     journal: Vec<Record>,
@@ -88,6 +90,7 @@ impl World {
             links_hidden: false,
             pod_routes: BTreeSet::new(),
             unplugged: BTreeSet::new(),
+            down: BTreeMap::new(),
             subnets: vec![subnet("subnet-a", 60_000, &[])],
             calls: Vec::new(),
             journal: Vec::new(),
@@ -148,7 +151,11 @@ impl World {
             .values()
             .filter(|a| !self.unplugged.contains(&a.sandbox))
             .flat_map(Allocation::addresses);
-        PodsSeen { routes: self.pod_routes.iter().copied().chain(wired).collect(), links: BTreeSet::new() }
+        PodsSeen {
+            routes: self.pod_routes.iter().copied().chain(wired).collect(),
+            down: self.down.clone(),
+            ..PodsSeen::default()
+        }
     }
 
     fn kernel(&self, plan: &NodePlan) -> KernelReport {

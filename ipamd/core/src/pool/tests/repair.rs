@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::audit::FindingKind;
+use crate::naming::{host_if_name, host_mac_of};
 
 fn audit(w: &mut World) -> crate::audit::AuditReport {
     let request = w.request();
@@ -107,6 +108,23 @@ fn a_sandbox_whose_namespace_is_gone_is_released_after_grace_and_a_second_look()
     w.run(90_000);
     assert_eq!(w.pool.ledger().pods.len(), 0);
     assert!(w.notes.iter().any(|note| matches!(note, Note::SandboxGone { .. })));
+}
+
+#[test]
+fn a_dead_sandbox_is_released_while_the_next_one_of_its_pod_waits_under_its_name() {
+    for (whose, left) in [(sandbox(2), 0), (sandbox(1), 1)] {
+        let mut w = World::new("m5.large", &[], &["10.0.3.1/32"]);
+        w.step(Event::Tick);
+        let request = w.add_named(1);
+        let pod = w.added(request).pod;
+        w.unplugged.insert(sandbox(1));
+        // Its own link, taken down, keeps it; the next sandbox's, which is not up yet, does not.
+        w.down.insert(host_if_name("eni", &pod.namespace, &pod.name, 0), host_mac_of(&whose));
+        w.run(pods::UNWIRED_GRACE_MS + 90_000);
+        assert_eq!(w.pool.ledger().pods.len(), left, "the link of {whose}");
+        let told = audit(&mut w).findings.iter().any(|finding| finding.text.contains("has its link"));
+        assert_eq!(told, left == 1);
+    }
 }
 
 #[test]
