@@ -19,6 +19,10 @@ async fn links(kernel: &NodeKernel) -> BTreeSet<String> {
     kernel.pods().await.expect("a reading").links
 }
 
+async fn down(kernel: &NodeKernel) -> BTreeSet<String> {
+    kernel.pods().await.expect("a reading").down.into_keys().collect()
+}
+
 async fn pod(name: &str, address: IpAddr) -> (String, Netns) {
     let (netns, opened) = add_netns(name);
     let host_if = host_if_name("eni", "default", name, 0);
@@ -92,11 +96,13 @@ fn only_host_routes_of_main_to_a_veth_are_pods() {
         }
         sh("ip route add 10.0.1.30 dev eniabc metric 5; ip -6 route add 2001:db8::30 dev eniabc");
         assert_eq!(routes(&kernel).await, ["10.0.1.30", "2001:db8::30"]);
-        let veths = ["eniabc", "x"].map(str::to_owned);
-        assert_eq!(links(&kernel).await, BTreeSet::from(veths), "both ends while they are here, and no other link");
+        let [host, other] = ["eniabc", "x"].map(str::to_owned);
+        assert_eq!(links(&kernel).await, BTreeSet::from([host.clone()]), "no other link");
+        assert_eq!(down(&kernel).await, BTreeSet::from([other.clone()]), "the other end, while it is here");
         // A link that is down takes its routes along, as the kernel does for everything IPv4.
         sh("ip link set eniabc down");
         assert_eq!(routes(&kernel).await, Vec::<String>::new());
-        assert!(links(&kernel).await.contains("eniabc"));
+        assert_eq!(links(&kernel).await, BTreeSet::new());
+        assert_eq!(down(&kernel).await, BTreeSet::from([host, other]));
     });
 }
