@@ -186,28 +186,30 @@ impl Socket {
     /// A whole list as it stood at one moment: a reading that was torn by a concurrent change is thrown away and
     /// repeated.
     pub async fn dump<M: Message>(&mut self, operation: &str, message: M) -> Result<Vec<M>, KernelError> {
-        self.dump_as(operation, message).await
+        self.dump_as(operation, message, Some).await
     }
 
-    /// As `dump`, with answers of another type.
-    pub async fn dump_as<M: Message, A: NetlinkDeserializable>(
+    /// As `dump`, with answers of another type, of which only what `pick` takes is held in memory.
+    pub async fn dump_as<M: Message, A: NetlinkDeserializable, T>(
         &mut self,
         operation: &str,
         message: M,
-    ) -> Result<Vec<A>, KernelError> {
+        pick: impl Fn(A) -> Option<T>,
+    ) -> Result<Vec<T>, KernelError> {
         for _ in 0..DUMP_TRIES {
-            if let Some(list) = self.dump_once(operation, message.clone()).await? {
+            if let Some(list) = self.dump_once(operation, message.clone(), &pick).await? {
                 return Ok(list);
             }
         }
         Err(KernelError::Torn { operation: operation.to_owned(), tries: DUMP_TRIES })
     }
 
-    async fn dump_once<M: Message, A: NetlinkDeserializable>(
+    async fn dump_once<M: Message, A: NetlinkDeserializable, T>(
         &mut self,
         operation: &str,
         message: M,
-    ) -> Result<Option<Vec<A>>, KernelError> {
+        pick: impl Fn(A) -> Option<T>,
+    ) -> Result<Option<Vec<T>>, KernelError> {
         let mut bytes = Vec::new();
         let sequence = self.append(&mut bytes, message, NLM_F_DUMP);
         self.send(&bytes, operation)?;
@@ -220,7 +222,7 @@ impl Socket {
                 }
                 torn |= header.flags & NLM_F_DUMP_INTR != 0;
                 match payload {
-                    NetlinkPayload::InnerMessage(message) => list.push(message),
+                    NetlinkPayload::InnerMessage(message) => list.extend(pick(message)),
                     NetlinkPayload::Done(done) if done.code >= 0 => return Ok((!torn).then_some(list)),
                     NetlinkPayload::Done(done) => {
                         return Err(KernelError::refused(operation.to_owned(), done.code, None));

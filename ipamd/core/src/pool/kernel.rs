@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::pods::UNWIRED_GRACE_MS;
 use super::setback::Subject;
-use super::{Command, KERNEL_RESYNC_MS, LINK_RETRY_MS, LOOK_SPACING_MS, Note, Op, OpId, Out, Pool};
+use super::{Command, FORGET_SPACING_MS, KERNEL_RESYNC_MS, LINK_RETRY_MS, LOOK_SPACING_MS, Note, Op, OpId, Out, Pool};
 use crate::families::EGRESS;
 use crate::ids::{DeviceIndex, MacAddress, Time};
 use crate::ledger::{Allocation, Progress};
@@ -43,11 +43,12 @@ impl Pool {
         }
         let Some(plan) = self.kernel.plan.clone() else { return };
         self.kernel.contests.forgive(now);
-        let look = self.look(now);
+        let forgets = self.forgets(now);
+        let look = self.look(forgets, now);
         self.kernel.in_flight = true;
         self.kernel.recheck_at = None;
         self.kernel.looked_at = Some(now);
-        let op = self.new_op(Op::Program { revision: self.kernel.revision }, now);
+        let op = self.new_op(Op::Program { revision: self.kernel.revision, forgets }, now);
         out.commands.push(Command::Kernel { op, plan, look });
     }
 
@@ -71,10 +72,14 @@ impl Pool {
         self.kernel.recheck_at = Some(self.kernel.recheck_at.map_or(at, |due| due.min(at)));
     }
 
-    fn look(&self, now: Time) -> Look {
-        let read_at = self.kernel.read_at;
-        // Freed at the very moment of the last look counts as freed after it.
-        let since = |freed_at: &Time| read_at.is_none_or(|read_at| read_at <= *freed_at);
+    fn forgets(&self, now: Time) -> bool {
+        !self.waiting.is_empty() || self.kernel.forgot_at.is_none_or(|at| now.since_ms(at) >= FORGET_SPACING_MS)
+    }
+
+    fn look(&self, forgets: bool, now: Time) -> Look {
+        let forgot_at = self.kernel.forgot_at;
+        // Freed at the very moment of the last such look counts as freed after it.
+        let since = |freed_at: &Time| forgets && forgot_at.is_none_or(|forgot_at| forgot_at <= *freed_at);
         let left = self.ledger.freed.iter().filter(|(_, at)| since(at)).map(|(address, _)| *address);
         let left: BTreeSet<IpAddr> = left.flat_map(|first| [first].into_iter().chain(self.second_of(&first))).collect();
         Look { pods: self.pods_to_keep(now), left, let_be: self.kernel.contests.let_be(now) }
@@ -119,7 +124,7 @@ impl Pool {
         now: Time,
         out: &mut Out,
     ) {
-        let Some((Op::Program { revision }, asked_at)) = self.ops.remove(&id) else { return };
+        let Some((Op::Program { revision, forgets }, asked_at)) = self.ops.remove(&id) else { return };
         self.kernel.in_flight = false;
         let report = match result {
             Ok((report, pods)) => {
@@ -128,6 +133,9 @@ impl Pool {
                     self.version += 1;
                 }
                 self.kernel.read_at = Some(asked_at);
+                if forgets {
+                    self.kernel.forgot_at = Some(asked_at);
+                }
                 self.release_dead_sandboxes(now, out);
                 report
             }

@@ -64,6 +64,9 @@ pub const KERNEL_RESYNC_MS: u64 = 10_000;
 
 /// Looks that changes in the kernel ask for follow each other no faster: pods that come and go change it all the time.
 pub const LOOK_SPACING_MS: u64 = 100;
+/// Looks that forget connections follow each other no faster, unless a pod waits for one of the addresses: each holds up a
+/// processor of the node for ten milliseconds. Well below any sensible cool-down.
+pub const FORGET_SPACING_MS: u64 = 5_000;
 
 /// How often the instance metadata is read again: groups, CIDRs of the VPC, the end of the instance.
 pub const METADATA_EVERY_MS: u64 = 60_000;
@@ -176,7 +179,7 @@ enum Op {
     Leaks,
     Mark(EniId),
     Collect(EniId),
-    Program { revision: u64 },
+    Program { revision: u64, forgets: bool },
 }
 
 /// What is known of an ENI beside the ledger; read again after a restart.
@@ -255,6 +258,8 @@ struct KernelState {
     links: BTreeMap<SandboxId, (String, MacAddress)>,
     /// When the reading behind `pods` was asked for.
     read_at: Option<Time>,
+    /// When the last look was asked for that forgot the connections of addresses left before.
+    forgot_at: Option<Time>,
     /// The pods when the kernel was last read: an address with a route is in use, whatever the ledger says.
     pods: PodsSeen,
 }

@@ -132,25 +132,25 @@ impl Pool {
         for waiter in gone {
             self.refuse(waiter, now, out);
         }
-        if !self.waiting.is_empty() && self.ledger.freed.keys().any(|address| self.is_unlooked(address)) {
+        if !self.waiting.is_empty() && self.ledger.freed.keys().any(|address| self.is_unforgotten(address)) {
             self.kernel.recheck_at = Some(now);
         }
     }
 
     fn pick(&self, candidates: &[Candidate], used: &BTreeSet<IpAddr>, yields: bool, now: Time) -> Option<Pick> {
         let occupancy = |address: &IpAddr| match self.cooling_since(address, now) {
-            _ if used.contains(address) || self.is_unlooked(address) => Occupancy::Used,
+            _ if used.contains(address) || self.is_unforgotten(address) => Occupancy::Used,
             Some(freed_at) => Occupancy::Cooling(freed_at),
             None => Occupancy::Free,
         };
         pick::pick(candidates, occupancy, &self.ledger.freed, yields)
     }
 
-    /// Freed since the kernel was last read: its pod may run on, taken for gone. The cool-down outlasts that, except where it
-    /// is short or yields.
-    fn is_unlooked(&self, address: &IpAddr) -> bool {
+    /// Freed since the last look that forgot connections: the kernel still knows the pod's, and the pod may even run on, taken
+    /// for gone. The cool-down outlasts that, except where it is short or yields.
+    fn is_unforgotten(&self, address: &IpAddr) -> bool {
         let freed_at = self.ledger.freed.get(address);
-        freed_at.is_some_and(|freed_at| self.kernel.read_at.is_none_or(|read_at| read_at < *freed_at))
+        freed_at.is_some_and(|freed_at| self.kernel.forgot_at.is_none_or(|forgot_at| forgot_at < *freed_at))
     }
 
     fn refuse(&mut self, waiter: Waiter, now: Time, out: &mut Out) {

@@ -169,10 +169,10 @@ impl Nft {
             let attributes = vec![SetElementList::Table(name.to_owned()), SetElementList::Set(set.clone())];
             let elements = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
             let wanted = request(family, operation.clone(), elements, 0).message;
-            match socket.dump_as::<_, Raw>(&operation, wanted).await {
+            match socket.dump_as(&operation, wanted, |Raw(answer)| Some(answer)).await {
                 Ok(answers) => {
                     for answer in &answers {
-                        hash.update(answer.0.get(GENERIC_HEADER_BYTES..).unwrap_or_default());
+                        hash.update(answer.get(GENERIC_HEADER_BYTES..).unwrap_or_default());
                     }
                 }
                 // A set that is gone is a difference like any other.

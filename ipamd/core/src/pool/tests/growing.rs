@@ -616,4 +616,12 @@ fn an_address_freed_since_the_kernel_was_read_waits_for_the_next_look() {
     w.pod_routes.clear();
     w.run(12_000);
     assert_eq!(w.added(second).address, held);
+
+    // A pod that waits does not wait for the pace at which connections are forgotten.
+    for n in 2..5 {
+        w.del(n);
+        let next = w.add(n + 1);
+        w.run(FORGET_SPACING_MS / 10);
+        assert_eq!(w.added(next).address, held);
+    }
 }

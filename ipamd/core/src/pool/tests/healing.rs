@@ -130,7 +130,10 @@ fn a_look_knows_the_youngest_sandbox_of_each_pod_and_the_addresses_that_were_lef
     let first = world.pool.ledger().pods[&sandbox(1)].address;
     world.del(1);
     world.now = world.now.plus_ms(1);
+    assert!(look(&mut world).left.is_empty(), "a look for it was there just now");
+    world.now = world.now.plus_ms(FORGET_SPACING_MS);
     assert_eq!(look(&mut world).left, BTreeSet::from([first]));
+    world.now = world.now.plus_ms(FORGET_SPACING_MS);
     assert!(look(&mut world).left.is_empty(), "once is enough");
     world.now = world.now.plus_ms(super::super::pods::UNWIRED_GRACE_MS);
     assert!(look(&mut world).pods[0].settled);
