@@ -8,6 +8,7 @@
 //! another thread and back costs more than all else ipamd does for it, the more where the plugin fills one of two processors.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -68,7 +69,7 @@ pub struct Handle {
     next_request: Arc<AtomicU64>,
     under_way: Arc<AtomicUsize>,
     serving: tokio::runtime::Handle,
-    _holds: Sender<()>,
+    _holds: Sender<Infallible>,
 }
 
 /// The loop is gone, or has too much to do.
@@ -203,18 +204,16 @@ struct Loop<C, K, P> {
     stopping: Option<oneshot::Sender<()>>,
     /// Answers of this round.
     answered: usize,
-    /// Until nobody holds a handle any more.
-    held: Held,
+    /// Ends when nobody holds a handle any more.
+    holders: Receiver<Infallible>,
 }
-
-type Held = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
     /// Starts the loop on a thread of its own, which ends when it was stopped and nobody holds its handle any more.
     pub fn start(self) -> std::io::Result<Handle> {
         let serving = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (sender, inputs) = unbounded_channel();
-        let (holds, mut holders) = unbounded_channel::<()>();
+        let (holds, holders) = unbounded_channel();
         let next_request = Arc::new(AtomicU64::new(1));
         let handle = Handle {
             inputs: sender.clone(),
@@ -242,7 +241,7 @@ impl<C: Cloud, K: Kernel, P: Probe> Driver<C, K, P> {
             node_state: NodeState::default(),
             stopping: None,
             answered: 0,
-            held: Box::pin(async move { while holders.recv().await.is_some() {} }),
+            holders,
         };
         the_loop.driver.runtime.spawn(watch_kernel(the_loop.driver.kernel.clone(), the_loop.sender.clone()));
         std::thread::Builder::new().name("pool".to_owned()).spawn(move || serving.block_on(the_loop.run()))?;
@@ -294,9 +293,10 @@ impl<C: Cloud, K: Kernel, P: Probe> Loop<C, K, P> {
             events = self.next_events().await;
         }
         // Who asks from now on hears that it is too late. The last answers are still on their way, from this thread.
-        let held = self.held;
+        let mut holders = self.holders;
         drop((self.inputs, self.replies, self.sender, self.driver));
-        held.await;
+        // Nothing is ever sent: this waits for the end.
+        holders.recv().await;
     }
 
     /// Waits for the next inputs, or for the next deadline.

@@ -20,7 +20,7 @@ set -eu
 if [ "${1:-}" != run ]; then exec PROGRAM "$@"; fi
 export VARIABLES
 exec unshare --mount --propagation private bash -eu -c '
-  root=$(mktemp -d /run/container.XXXXXX)
+  root=$(mktemp -d -p /run)
   mount -t tmpfs container "$root"
   for part in /*; do
     if [ -L "$part" ]; then cp -a "$part" "$root$part"

@@ -42,7 +42,7 @@ const NESTED: u16 = 0x8000;
 
 const GENERIC_HEADER_BYTES: usize = 4;
 
-/// A pass over the kernel's table takes as long as listing so many connections: its 262144 buckets (with more than 4 GiB of
+/// A pass over the kernel's table costs as much as listing so many connections: its 262144 buckets (with more than 4 GiB of
 /// memory) are locked one after the other, which takes ten milliseconds.
 const PASS_IN_CONNECTIONS: usize = 6_000;
 /// Deletions sent in one datagram.
@@ -100,18 +100,19 @@ impl Conntrack {
     /// The kernel has no index by address: it passes over its whole table, once for each tuple and address it chooses by, or
     /// once for a list of everything, from which is chosen here. What is quicker is done.
     pub async fn forget(&self, addresses: &BTreeSet<IpAddr>) -> Result<usize, KernelError> {
+        if addresses.is_empty() {
+            return Ok(0);
+        }
         let mut socket = self.socket.lock().await;
-        let statistics: Vec<Message> = match addresses.is_empty() {
-            true => return Ok(0),
-            false => socket.one(Request::new("count connections", Message::new(STATISTICS, 0, &[]), 0)).await?,
-        };
-        let count = statistics.first().and_then(|answer| count_of(&answer.bytes)).unwrap_or(usize::MAX);
+        let question = Request::new("count connections", Message::new(STATISTICS, 0, &[]), 0);
+        let connections = socket.one(question).await?.first().and_then(|answer: &Message| count_of(&answer.bytes));
         let mut found: BTreeSet<(u8, Vec<u8>)> = BTreeSet::new();
         for (family, v6) in [(AF_INET, false), (AF_INET6, true)] {
             let family = u8::try_from(family).expect("invariant: both fit a byte");
             let these = addresses.iter().filter(|address| address.is_ipv6() == v6);
             let mut wanted: Vec<Vec<u8>> = these.flat_map(|one| [filter(*one, true), filter(*one, false)]).collect();
-            if count <= PASS_IN_CONNECTIONS.saturating_mul(wanted.len().saturating_sub(1)) {
+            let spared = wanted.len().saturating_sub(1);
+            if spared > 0 && connections.is_some_and(|count| count <= spared * PASS_IN_CONNECTIONS) {
                 wanted = vec![Vec::new()];
             }
             for wanted in &wanted {
